@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors to disk in any order: files get their full size first, then each tensor its place."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jqx.errors import InputError
+
+from .journal import sync_directory
+from .layout import DTYPES
+from .problems import one_line
+from .read import INDEX
+from .shards import ShardPlan, index_json
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class ShardWriter:
+    """Writes the tensors of planned files, each once, in any order.
+
+    A tensor is durable after the next `sync`. Use it as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self, directory: Path, plans: Sequence[ShardPlan], finished: Iterable[str] | None = None
+    ):
+        """Create the files of `plans` in `directory` at full size, with their headers.
+
+        `finished`: None starts over; otherwise the names that a journal says are written, and the
+        files must be there as planned. Raises InputError if the disk has no room, or if finished
+        files are not as planned.
+        """
+        self._directory = directory
+        self._places = {
+            tensor.name: (plan.file, tensor, start)
+            for plan in plans
+            for tensor, start in zip(plan.tensors, plan.starts, strict=True)
+        }
+        self._missing = set(self._places) - set(finished or ())
+        self._open: dict[str, int] = {}
+        self._dirty: set[str] = set()
+        try:
+            self._create(plans) if finished is None else self._reopen(plans)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "ShardWriter":
+        """Return the writer itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        self.close()
+
+    def write(self, name: str, array: object) -> None:
+        """Put one array, NumPy or anything np.asarray takes, at its place.
+
+        KeyError for an unknown name; ValueError unless dtype and shape are the planned ones.
+        """
+        file, tensor, start = self._places[name]
+        data = np.asarray(array)
+        if data.dtype != DTYPES[tensor.dtype] or data.shape != tensor.shape:
+            raise ValueError(
+                f"{name} is planned as {tensor.dtype} {tensor.shape}, got {data.dtype} {data.shape}"
+            )
+        self._dirty.add(file)
+        rest = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        while rest:
+            count = os.pwrite(self._open[file], rest, start)
+            rest, start = rest[count:], start + count
+        self._missing.discard(name)
+
+    def sync(self) -> None:
+        """Return when everything written so far is on the disk."""
+        for file in sorted(self._dirty):
+            os.fdatasync(self._open[file])
+        self._dirty.clear()
+
+    def finish(self) -> None:
+        """Sync and close after the last tensor. ValueError if some were never written."""
+        if self._missing:
+            names = sorted(self._missing)
+            raise ValueError(f"{len(names)} tensors were never written: {', '.join(names[:4])}")
+        self.sync()
+        self.close()
+
+    def close(self) -> None:
+        """Close the files, complete or not. May be called again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _create(self, plans: Sequence[ShardPlan]) -> None:
+        needed, disk = sum(p.size for p in plans), shutil.disk_usage(self._directory)
+        try:
+            if needed > disk.free and disk.total:  # some network disks report nothing at all
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for plan in plans:
+                path = self._directory / plan.file
+                self._open[plan.file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+                _allocate(self._open[plan.file], plan.size)
+                os.pwrite(self._open[plan.file], plan.header, 0)
+                self._dirty.add(plan.file)
+            self._write_index(plans)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            for file in self._open:
+                os.unlink(self._directory / file)
+            raise InputError(
+                one_line(
+                    f"{self._directory}: no room for the checkpoint, it needs {needed} bytes and "
+                    f"{disk.free} are free ({error.strerror}). Free some, or write to another disk."
+                )
+            ) from error
+        self.sync()
+        sync_directory(self._directory)
+
+    def _write_index(self, plans: Sequence[ShardPlan]) -> None:
+        if len(plans) > 1:
+            with open(self._directory / INDEX, "wb") as file:
+                file.write(index_json(plans))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _reopen(self, plans: Sequence[ShardPlan]) -> None:
+        for plan in plans:
+            path = self._directory / plan.file
+            try:
+                descriptor = self._open[plan.file] = os.open(path, os.O_RDWR)
+                same = os.fstat(descriptor).st_size == plan.size
+                same = same and os.pread(descriptor, len(plan.header), 0) == plan.header
+            except OSError:
+                same = False
+            if not same:
+                raise InputError(
+                    one_line(f"{path}: not as this run left it. Pass --restart to start over.")
+                )
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Reserve the bytes of a file, so that the disk cannot run full half way."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in NO_PREALLOCATION:
+                raise
+    os.ftruncate(descriptor, size)

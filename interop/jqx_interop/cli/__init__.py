@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `jqx`."""
+
+from .app import main as main

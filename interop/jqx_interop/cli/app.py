@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jqx`: the commands, and how errors are told. Commands import what they need when they run, so help is quick."""
+
+import functools
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from jqx.errors import InputError
+
+from . import compare, inspect, quantize, tables
+from .console import err
+
+DEBUG = "--debug"
+
+
+def told(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`command`, with errors told in one line: exit code 2 for wrong input, 130 if interrupted, 1 for a bug."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return command(*args, **options)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            _tell("interrupted; the same command goes on where it was", 130)
+        except (InputError, OSError) as error:
+            _tell(f"error: {_one_line(error)}", 2)
+        except Exception as error:
+            text = f"internal error: {type(error).__name__}: {_one_line(error)}"
+            _tell(f"{text} ({DEBUG} shows the traceback; please report it)", 1)
+
+    return run
+
+
+app = typer.Typer(
+    name="jqx",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Quantize language models: a Hugging Face checkpoint in, one that vLLM, SGLang and TensorRT-LLM load out.",
+    epilog=f"Every command takes {DEBUG}, which shows the traceback behind an error.",
+)
+app.command(rich_help_panel="Quantize")(told(quantize.quantize))
+app.command(rich_help_panel="Look")(told(inspect.inspect))
+app.command(rich_help_panel="Look")(told(compare.compare))
+app.command(rich_help_panel="Tables")(told(tables.formats))
+app.command(rich_help_panel="Tables")(told(tables.recipes))
+app.command(rich_help_panel="Tables")(told(tables.families))
+app.command(rich_help_panel="Tables")(told(tables.targets))
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"jqx {version('jqx')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Quantize language models in JAX."""
+
+
+def main() -> None:
+    """Run the command line."""
+    app([word for word in sys.argv[1:] if word != DEBUG])
+
+
+def _one_line(error: BaseException) -> str:
+    notes = getattr(error, "__notes__", [])
+    return " ".join("; ".join([str(error), *notes]).split())
+
+
+def _tell(text: str, code: int) -> None:
+    if DEBUG in sys.argv:
+        raise  # noqa: PLE0704  the error being told
+    err.print(text, markup=False)
+    raise typer.Exit(code)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jqx quantize`, and its forecast `--plan`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jqx.errors import InputError
+
+from .console import Bars, duration, err, out, print_json, print_table, size
+
+if TYPE_CHECKING:
+    from ..job import Job
+    from ..plan import Plan
+    from ..report import Report
+
+DATA, HOW = "Calibration data", "How it runs"
+
+
+def complete_formats(incomplete: str) -> list[str]:
+    """The names `--qformat` takes that begin like `incomplete`."""
+    from jqx.recipes import RECIPES
+
+    names = [name for row in RECIPES.values() for name in (row.name, *row.aliases)]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_kv(incomplete: str) -> list[str]:
+    """The names `--kv-cache` takes that begin like `incomplete`."""
+    from jqx.config import KV_FORMATS
+
+    return [name for name in ("none", *KV_FORMATS) if name.startswith(incomplete)]
+
+
+def quantize(  # noqa: PLR0913  a command's options are its parameters
+    model: Annotated[str, typer.Argument(help="A directory with config.json and safetensors, or a Hub id.")],
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="A new directory. It appears when it is complete.")
+    ] = None,
+    qformat: Annotated[
+        str, typer.Option(help="The recipe: see `jqx recipes`.", autocompletion=complete_formats)
+    ] = "fp8",
+    kv_cache: Annotated[
+        str, typer.Option(help="Format of keys and values.", autocompletion=complete_kv)
+    ] = "none",
+    recipe: Annotated[Path | None, typer.Option(help="A recipe file (YAML), instead of --qformat.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="Replace the algorithm of the recipe.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: block=64.")
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(help="A .txt, .jsonl, .parquet or .npy file (default: a bundled text).", rich_help_panel=DATA),
+    ] = None,
+    calib_size: Annotated[int, typer.Option(help="Sequences.", rich_help_panel=DATA)] = 512,
+    calib_seq: Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=DATA)] = 512,
+    activations: Annotated[
+        Path | None,
+        typer.Option(help="Recorded inputs of linears (safetensors): no model is run.", rich_help_panel=DATA),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences at a time; 0 chooses.", rich_help_panel=HOW)] = 0,
+    max_memory: Annotated[
+        str, typer.Option(help="Above half of it hidden states go to disk.", rich_help_panel=HOW)
+    ] = "4GiB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.", rich_help_panel=HOW)] = "10GB",
+    compute: Annotated[str, typer.Option(help="auto, float32 or bf16.", rich_help_panel=HOW)] = "auto",
+    target: Annotated[str, typer.Option(help="The layout: see `jqx targets`.", rich_help_panel=HOW)] = "modelopt",
+    restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished run away.", rich_help_panel=HOW)] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen and what it costs; do nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Quantize the checkpoint MODEL and write it to OUT.
+
+    A run that was interrupted goes on where it was when the same command is given again.
+    """
+    from ..job import prepare
+    from ..pipeline import load_inputs, run
+    from ..plan import make_plan
+    from ..recipe_files import read_recipe
+    from ..settings import Settings
+
+    if destination is None and not plan:
+        raise InputError("OUT is missing: name a new directory, or ask for --plan")
+    settings = Settings(
+        kv_cache=kv_cache,
+        calib=calib,
+        activations=activations,
+        calib_size=calib_size,
+        calib_seq=calib_seq,
+        batch_size=batch_size,
+        max_memory=max_memory,
+        max_shard_size=max_shard_size,
+        compute=compute,
+        algorithm=algorithm,
+        target=target,
+        options=tuple(_pair(text) for text in set_ or ()),
+        restart=restart,
+    )
+    job = prepare(model, read_recipe(recipe) if recipe else qformat, settings)
+    if plan:
+        load_inputs(job)
+        _show_plan(make_plan(job, destination), as_json)
+        return
+    assert destination is not None
+    _announce(job, as_json)
+    with Bars(quiet=as_json and not err.is_terminal) as bars:
+        report = run(job, destination, bars)
+    _show_report(report, as_json)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise InputError(f"--set {text!r} has no value; write --set key=value, such as --set block=64")
+    return key.strip(), value.strip()
+
+
+def _announce(job: "Job", as_json: bool) -> None:
+    if not as_json:
+        family = job.spec.family if job.spec else f"{job.checkpoint.config.get('model_type')} (by tensor names)"
+        err.print(f"{job.checkpoint.path}: {family}, to {job.recipe.name}, KV cache {job.kv or 'as it is'}", markup=False)
+
+
+def _show_plan(plan: "Plan", as_json: bool) -> None:
+    if as_json:
+        print_json(plan.to_json())
+        return
+    from ..report import summary
+
+    kinds: dict[tuple[str, str | None, tuple[int, ...]], list[str]] = {}
+    for linear in plan.linears:
+        kinds.setdefault((linear.weight, linear.input, linear.shape), []).append(linear.path)
+    rows = [
+        (name, " x ".join(map(str, shape)), weight, inputs or "as they are")
+        for (weight, inputs, shape), paths in kinds.items()
+        for name in summary(paths, most=99)
+    ]
+    print_table(f"{plan.recipe}: what is quantized to what", ("linear", "shape", "weight", "inputs"), rows)
+    costs = [
+        ("source", size(plan.source_bytes)),
+        ("output", f"{size(plan.output_bytes)} in {plan.files} file{'s' * (plan.files > 1)}"),
+        ("free on that disk", size(plan.free_bytes)),
+        ("calibration", f"{plan.tokens:,} tokens at most" if plan.tokens else "no model is run"),
+        ("peak memory", f"about {size(plan.peak_memory_bytes)}"),
+        ("hidden states on disk", size(plan.spilled_bytes) if plan.spilled_bytes else "none"),
+        ("time", f"about {duration(plan.seconds)}"),
+    ]
+    print_table("", ("cost", ""), costs)
+    out.print(plan.coverage.line, markup=False)
+
+
+def _show_report(report: "Report", as_json: bool) -> None:
+    if as_json:
+        print_json(report.to_json())
+        return
+    out.print(report.coverage.line, markup=False)
+    ratio = report.output_bytes / report.source_bytes
+    out.print(
+        f"{report.out}: {size(report.output_bytes)}, {ratio:.0%} of the source, "
+        f"{report.bits:.2f} bits a parameter, in {duration(report.seconds)}",
+        markup=False,
+    )

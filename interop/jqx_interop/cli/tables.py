@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jqx formats`, `jqx recipes`, `jqx families`, `jqx targets`: the rows of the tables."""
+
+from typing import Annotated, Any
+
+import typer
+
+from .console import print_json, print_table
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
+
+
+def formats(as_json: AsJson = False) -> None:
+    """List the number formats."""
+    from ..tables import format_rows
+
+    _show("Formats", format_rows(), as_json)
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this recipe's rules as YAML.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the recipes that --qformat takes, or show one."""
+    from ..tables import recipe_rows, recipe_yaml
+
+    if name is None:
+        _show("Recipes", recipe_rows(), as_json)
+    else:
+        print(recipe_yaml(name), end="")
+
+
+def families(as_json: AsJson = False) -> None:
+    """List the model families that are defined."""
+    from ..tables import family_rows
+
+    _show("Families", family_rows(), as_json)
+
+
+def targets(as_json: AsJson = False) -> None:
+    """List the layouts a checkpoint can be written in."""
+    from ..tables import target_rows
+
+    _show("Targets", target_rows(), as_json)
+
+
+def _show(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(title, tuple(rows[0]), [tuple(row.values()) for row in rows])

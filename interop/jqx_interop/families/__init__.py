@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model families: the table of model types, and the reading of a config.json into a ModelSpec."""
+
+from .family import Family as Family
+from .from_config import FAMILIES as FAMILIES
+from .from_config import spec_from_config as spec_from_config

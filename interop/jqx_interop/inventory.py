@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint consists of: its modules in order, which of them read the same input, and the units of work.
+
+For an architecture jqx defines, order and siblings come from its `ModelSpec`. For any other the checkpoint itself
+says enough: linears are two-dimensional floating-point weights that are not embeddings, siblings go by name.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jqx.models import ModelSpec, block_prefix, input_groups, kinds, param_shapes
+from jqx.tensors.paths import natural_key
+
+from .checkpoints import Checkpoint
+
+FLOATS = frozenset({"BF16", "F16", "F32"})
+EMBEDDINGS = re.compile(
+    r"(^|\.)(embed_tokens\w*|wte|wpe|word_embeddings?|tok_embeddings|embed_in|embed_positions"
+    r"|position_embeddings|token_type_embeddings|shared|embed)$"
+)
+SIBLINGS = (
+    re.compile(r"(?P<parent>.*\.)?(q_proj|k_proj|v_proj)"),
+    re.compile(r"(?P<parent>.*\.)?(gate_proj|up_proj)"),
+    re.compile(r"(?P<parent>.*\.)?(w1|w3)"),
+)
+BLOCK = re.compile(r"^(.+?\.\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Module:
+    """A linear or an embedding: its path, its kind, and the shape and stored dtype of its weight."""
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def weight(self) -> str:
+        """The name of its weight in the checkpoint."""
+        return self.path + ".weight"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inventory:
+    """Everything that will be written, in module order.
+
+    `tensors`: names; `modules`: those that could be quantized; `siblings`: groups of linears with one input;
+    `units`: the tensors that are finished together, a decoder block or what lies outside; `blocks`: the index in
+    `units` of every decoder block; `absent`: modules that own no tensor, such as a tied head.
+    """
+
+    tensors: tuple[str, ...]
+    modules: tuple[Module, ...]
+    siblings: tuple[tuple[str, ...], ...]
+    units: tuple[tuple[str, ...], ...]
+    blocks: tuple[int, ...]
+    absent: tuple[str, ...] = ()
+
+
+def take_inventory(checkpoint: Checkpoint, spec: ModelSpec | None) -> Inventory:
+    """The inventory of `checkpoint`, by `spec` where the architecture is known, else by names and ranks."""
+    names = _known_order(checkpoint, spec) if spec else sorted(checkpoint.tensors, key=natural_key)
+    units = _units(names)
+    prefixes = {block_prefix(spec, i) for i in range(len(kinds(spec)))} if spec else set()
+    blocks = [i for i, unit in enumerate(units) if _block_of(unit[0]) in prefixes]
+    modules = tuple(_modules(checkpoint, names))
+    paths = [module.path for module in modules if module.kind == "linear"]
+    return Inventory(
+        tensors=tuple(names),
+        modules=modules,
+        siblings=_siblings(paths) if spec is None else _spec_siblings(spec, paths),
+        units=tuple(units),
+        blocks=tuple(blocks),
+        absent=_absent_head(checkpoint, spec, names),
+    )
+
+
+def _known_order(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
+    return [name for name in param_shapes(spec) if name in checkpoint.tensors]
+
+
+def _absent_head(checkpoint: Checkpoint, spec: ModelSpec | None, names: list[str]) -> tuple[str, ...]:
+    """A tied head owns no tensor, and is still a module that was left alone."""
+    if spec is not None:
+        head = spec.names.head
+    elif checkpoint.config.get("tie_word_embeddings"):
+        head = "lm_head"
+    else:
+        return ()
+    return () if head + ".weight" in names else (head,)
+
+
+def _modules(checkpoint: Checkpoint, names: Iterable[str]) -> Iterable[Module]:
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        info = checkpoint.tensors[name]
+        if leaf == "weight" and len(info.shape) == 2 and info.dtype in FLOATS:
+            kind = "embedding" if EMBEDDINGS.search(path) else "linear"
+            yield Module(path=path, kind=kind, shape=tuple(info.shape), dtype=info.dtype)
+
+
+def _siblings(paths: list[str]) -> tuple[tuple[str, ...], ...]:
+    groups: dict[tuple[int, str], list[str]] = {}
+    for path in paths:
+        for i, pattern in enumerate(SIBLINGS):
+            if match := pattern.fullmatch(path):
+                groups.setdefault((i, match["parent"] or ""), []).append(path)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def _spec_siblings(spec: ModelSpec, paths: list[str]) -> tuple[tuple[str, ...], ...]:
+    present = set(paths)
+    groups = []
+    for i, kind in enumerate(kinds(spec)):
+        for group in input_groups(spec, kind):
+            members = tuple(f"{block_prefix(spec, i)}.{name}" for name in group)
+            members = tuple(member for member in members if member in present)
+            if len(members) > 1:
+                groups.append(members)
+    return tuple(groups)
+
+
+def _block_of(name: str) -> str | None:
+    match = BLOCK.match(name)
+    return match[1] if match else None
+
+
+def _units(names: list[str]) -> list[tuple[str, ...]]:
+    units: list[list[str]] = []
+    last: str | None = None
+    for name in names:
+        block = _block_of(name)
+        if units and block is not None and block == last:
+            units[-1].append(name)
+        else:
+            units.append([name])
+        last = block
+    return [tuple(unit) for unit in units]

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one run will do, decided from config.json and the tensor headers before any weight is read."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from jqx.algorithms import ALGORITHMS
+from jqx.config import (
+    INPUT_FORMATS,
+    KV_FORMATS,
+    Choice,
+    KVFormat,
+    QuantConfig,
+    resolve,
+    with_block,
+)
+from jqx.errors import InputError, nearest
+from jqx.formats import check_divides, find_format
+from jqx.models import ModelSpec, block_prefix, kinds, param_shapes
+from jqx.recipes import Recipe, find_kv, find_recipe, with_kv
+
+from .checkpoints import (
+    DTYPES,
+    Checkpoint,
+    TensorOut,
+    check_tensors,
+    dtype_name,
+    model_dtype,
+    open_checkpoint,
+)
+from .families import FAMILIES, spec_from_config
+from .inventory import FLOATS, Inventory, Module, take_inventory
+from .settings import Settings
+from .targets import TARGETS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """The attention of one block: its path, the unit it is in, its key and value linears, and its sizes."""
+
+    path: str
+    unit: int
+    k: str
+    v: str
+    kv_heads: int
+    head_dim: int
+
+    def outputs(self, kv: KVFormat) -> list[TensorOut]:
+        """The tensors that describe its stored keys and values."""
+        found = []
+        for linear, letter in ((self.k, "k"), (self.v, "v")):
+            found.append(TensorOut(f"{linear}.{letter}_scale", "F32", ()))
+            if kv.affine:
+                shape = (1, self.kv_heads, 1, self.head_dim)
+                found.append(TensorOut(f"{linear}.{letter}_bias", "BF16", shape))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checkpoint, what the recipe says about each of its linears, and every tensor that will be written.
+
+    `spec` is None for an architecture jqx does not define; `choices` holds the quantized linears in module order;
+    `kv` the format of keys and values, if any; `dtype` the model's own.
+    """
+
+    checkpoint: Checkpoint
+    spec: ModelSpec | None
+    recipe: Recipe
+    config: QuantConfig
+    kv: str | None
+    settings: Settings
+    dtype: np.dtype
+    inventory: Inventory
+    choices: Mapping[str, Choice]
+    outputs: tuple[TensorOut, ...]
+
+    @cached_property
+    def modules(self) -> dict[str, Module]:
+        """Module path -> module."""
+        return {module.path: module for module in self.inventory.modules}
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether some linear needs the amax of its inputs."""
+        return any(input_bound(self.config, choice) for choice in self.choices.values())
+
+    @property
+    def needs_kv(self) -> bool:
+        """Whether the scales of keys and values must be found."""
+        return self.kv is not None and not KV_FORMATS[self.kv].cast
+
+    @property
+    def kv_format(self) -> KVFormat:
+        """How keys and values are stored. Only where `kv` is not None."""
+        assert self.kv is not None
+        return KV_FORMATS[self.kv]
+
+    @cached_property
+    def attentions(self) -> tuple[Attention, ...]:
+        """The attention of every block, in order; none for an architecture that is not defined."""
+        return tuple(_attentions(self.spec, self.inventory)) if self.spec else ()
+
+    def linear_outputs(self, path: str) -> list[TensorOut]:
+        """The tensors of one quantized linear."""
+        module, choice = self.modules[path], self.choices[path]
+        has_input_scale = input_bound(self.config, choice) is not None
+        assert choice.weight is not None
+        outputs = TARGETS[self.settings.target].outputs
+        return outputs(path, choice.weight, module.shape, self.dtype, has_input_scale)
+
+    @property
+    def unquantized(self) -> tuple[str, ...]:
+        """Every module that could have been quantized and is not."""
+        kept = [m.path for m in self.inventory.modules if m.path not in self.choices]
+        return (*kept, *self.inventory.absent)
+
+
+def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
+    """Decide everything about a run. Reads no weights; raises InputError for whatever would stop it later."""
+    checkpoint = open_checkpoint(model)
+    refuse_quantized(checkpoint)
+    row = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    if settings.target not in TARGETS:
+        raise nearest(settings.target, TARGETS, "target")
+    kv = find_kv(settings.kv_cache)
+    config = with_kv(apply_options(row.config, settings), kv)
+    data_free = not calibrated(config) and (kv is None or KV_FORMATS[kv].cast)
+    spec = _spec(checkpoint, must=not data_free and settings.activations is None)
+    if spec is not None:
+        check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
+    inventory = take_inventory(checkpoint, spec)
+    if (dtype_key := model_dtype(checkpoint)) not in FLOATS:
+        raise InputError(f"{checkpoint.path} is a model in {dtype_key}; quantized are {', '.join(sorted(FLOATS))}")
+    job = Job(
+        checkpoint=checkpoint,
+        spec=spec,
+        recipe=row,
+        config=config,
+        kv=kv,
+        settings=settings,
+        dtype=DTYPES[dtype_key],
+        inventory=inventory,
+        choices=_choices(config, inventory, row.name, TARGETS[settings.target].supports),
+        outputs=(),
+    )
+    if job.needs_kv and spec is None:
+        raise InputError(
+            f"--kv-cache {kv} needs the keys and values of the model, and model_type "
+            f"{checkpoint.config.get('model_type')!r} is not defined here; use --kv-cache none or {kv}_cast"
+        )
+    return dataclasses.replace(job, outputs=tuple(_outputs(job)))
+
+
+def calibrated(config: QuantConfig) -> bool:
+    """Whether some rule of `config` needs statistics of activations."""
+    return any(
+        input_bound(config, Choice(input=rule.input))
+        for rule in config.rules
+        if isinstance(rule.input, str)
+    )
+
+
+def input_bound(config: QuantConfig, choice: Choice) -> float | None:
+    """What input_amax of this linear is divided by; None where no input scale is stored."""
+    if config.algorithm is None or choice.input is None:
+        return None
+    return INPUT_FORMATS[choice.input].bound
+
+
+def apply_options(config: QuantConfig, settings: Settings) -> QuantConfig:
+    """`config` with `--algorithm` and every `--set key=value` applied."""
+    for key, value in settings.options:
+        if key != "block":
+            raise nearest(key, ("block",), "option of --set")
+        if not value.isdecimal() or int(value) < 1:
+            raise InputError(f"--set block={value}: block is a positive whole number")
+        config = with_block(config, int(value))
+    if settings.algorithm is not None:
+        if settings.algorithm not in ALGORITHMS:
+            raise nearest(settings.algorithm, ALGORITHMS, "algorithm")
+        config = dataclasses.replace(config, algorithm=settings.algorithm)
+    return config
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise InputError if `checkpoint` is quantized already."""
+    if found := checkpoint.config.get("quantization_config"):
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+        raise InputError(
+            f"{checkpoint.path} is already quantized (quant_method {method!r}); give the original checkpoint"
+        )
+
+
+def optional_tensors(spec: ModelSpec) -> tuple[str, ...]:
+    """Globs of tensors a checkpoint may hold although they are no parameters."""
+    head = (f"{spec.names.head}.weight",) if spec.tied else ()
+    return (*spec.names.buffers, *head)
+
+
+def _spec(checkpoint: Checkpoint, *, must: bool) -> ModelSpec | None:
+    if must or checkpoint.config.get("model_type") in FAMILIES:
+        return spec_from_config(checkpoint.config)
+    return None
+
+
+def _choices(
+    config: QuantConfig, inventory: Inventory, name: str, supports: Callable[[Choice], bool]
+) -> dict[str, Choice]:
+    choices: dict[str, Choice] = {}
+    problems: list[str] = []
+    for module in inventory.modules:
+        choice = resolve(config, module.weight, module.kind)
+        if choice.weight is None:
+            continue
+        choices[module.path] = choice
+        if not supports(choice):
+            problems.append(f"{module.path}: no layout name for {choice.weight} with {choice.input} inputs")
+        try:
+            check_divides(find_format(choice.weight), module.shape)
+        except InputError as error:
+            problems.append(f"{module.path}: {error}")
+    if problems:
+        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+        raise InputError(problems[0] + more)
+    if not choices:
+        linears = [module.path for module in inventory.modules if module.kind == "linear"]
+        raise InputError(
+            f"recipe {name} selects none of the {len(linears)} linears here"
+            + (f" (the first is {linears[0]})" if linears else "")
+        )
+    return choices
+
+
+def _attentions(spec: ModelSpec, inventory: Inventory) -> Iterable[Attention]:
+    names = spec.names
+    for i, (unit, kind) in enumerate(zip(inventory.blocks, kinds(spec), strict=True)):
+        prefix, row = block_prefix(spec, i), kind.attention
+        yield Attention(
+            path=f"{prefix}.{names.k.rpartition('.')[0]}",
+            unit=unit,
+            k=f"{prefix}.{names.k}",
+            v=f"{prefix}.{names.v}",
+            kv_heads=row.kv_heads,
+            head_dim=row.head_dim,
+        )
+
+
+def _outputs(job: Job) -> Iterable[TensorOut]:
+    """Every tensor of the destination in the order of a torch state_dict."""
+    after = _companions(job)
+    for name in job.inventory.tensors:
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and path in job.choices:
+            yield job.linear_outputs(path)[0]
+        else:
+            info = job.checkpoint.tensors[name]
+            dtype = dtype_name(job.dtype) if info.dtype in FLOATS else info.dtype
+            yield TensorOut(name, dtype, tuple(info.shape))
+        yield from after.get(name, ())
+
+
+def _companions(job: Job) -> dict[str, list[TensorOut]]:
+    """Tensor name -> scales that follow it: those of a linear after its last parameter, KV scales last of all."""
+    last: dict[str, str] = {}
+    for name in job.inventory.tensors:
+        last[name.rpartition(".")[0]] = name
+    after: dict[str, list[TensorOut]] = {}
+    for path in job.choices:
+        after.setdefault(last[path], []).extend(job.linear_outputs(path)[1:])
+    for attention in job.attentions if job.needs_kv else ():
+        inside = attention.path + "."
+        unit = job.inventory.units[attention.unit]
+        anchor = [name for name in unit if name.startswith(inside)][-1]
+        after.setdefault(anchor, []).extend(attention.outputs(job.kv_format))
+    return after

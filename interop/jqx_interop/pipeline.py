@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ptq: a checkpoint in, a quantized checkpoint out, one block in memory at a time.
+
+    prepare -> for every unit: statistics -> codes and scales -> written, synced, journalled -> renamed to OUT
+
+A run that is killed leaves its journal; the same command goes on from it and ends with the same bytes.
+"""
+
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jqx.config import to_json
+from jqx.recipes import Recipe
+
+from .checkpoints import ShardWriter, Workspace, digest, parse_size, plan_shards, small_files
+from .data import Activations, CalibrationSet, load_calibration
+from .describe import write_descriptions
+from .hidden import HiddenStates
+from .job import Job, prepare
+from .progress import Progress, Silent
+from .recorded import Recorded
+from .report import Report, report_of
+from .runner import ROWS_PER_CALL, BlockStats, Runner, compute_of
+from .settings import Settings
+from .units import Finisher
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """Where the statistics of a job come from; both None where none are needed."""
+
+    calibration: CalibrationSet | None = None
+    activations: Activations | None = None
+
+
+def ptq(
+    model: str | Path,
+    out: str | Path,
+    recipe: str | Recipe = "fp8",
+    *,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Report:
+    """Quantize the checkpoint `model` by `recipe` and write it to `out`, which appears complete or not at all.
+
+    `settings` are the fields of `Settings` (`calib`, `kv_cache`, `batch_size`, ...). Returns what was done. Raises
+    InputError, before anything is written where that can be known, with a message for people.
+    """
+    job = prepare(model, recipe, Settings(**settings))
+    return run(job, out, progress or Silent())
+
+
+def load_inputs(job: Job) -> Inputs:
+    """Open the calibration data a job needs. Raises InputError for data that cannot be used."""
+    if not (job.needs_inputs or job.needs_kv):
+        return Inputs()
+    if job.settings.activations is not None:
+        return Inputs(activations=Activations(job.settings.activations))
+    assert job.spec is not None
+    return Inputs(
+        calibration=load_calibration(
+            job.settings.calib,
+            tokenizer_dir=job.checkpoint.path,
+            vocab_size=job.spec.vocab,
+            size=job.settings.calib_size,
+            length=job.settings.calib_seq,
+        )
+    )
+
+
+def run(job: Job, out: str | Path, progress: Progress) -> Report:
+    """Carry out a prepared job."""
+    started = time.monotonic()
+    inputs = load_inputs(job)
+    plans = plan_shards(job.outputs, parse_size(job.settings.max_shard_size))
+    with Workspace(out, job.checkpoint.path) as space:
+        records = space.begin(fingerprint(job, inputs), restart=job.settings.restart)
+        done = {record["unit"] for record in records if "unit" in record}
+        finished = _names_in(job, done) if records else None
+        if not records:
+            space.record({"begun": True})
+        with ShardWriter(space.files, plans, finished) as writer:
+            if done:
+                progress.note(f"going on with an unfinished run: {len(done)} parts are there already")
+            _work(job, inputs, space, writer, records, progress)
+            writer.finish()
+        for file in small_files(job.checkpoint):
+            shutil.copyfile(file, space.files / file.name)
+        write_descriptions(job, space.files)
+        space.publish()
+    return report_of(job, Path(out), plans, time.monotonic() - started)
+
+
+def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
+    """Everything the bytes of a run depend on, as JSON."""
+    device = jax.devices()[0]
+    return {
+        "model": digest(job.checkpoint),
+        "config": to_json(job.config),
+        "target": job.settings.target,
+        "calibration": inputs.calibration.digest if inputs.calibration else None,
+        "activations": inputs.activations.digest if inputs.activations else None,
+        "compute": job.settings.compute,
+        "batch_size": job.settings.batch_size,
+        "max_shard_size": parse_size(job.settings.max_shard_size),
+        "versions": {name: version(name) for name in ("jqx", "jax", "jaxlib")},
+        "device": f"{device.platform} {device.device_kind} {platform.machine()}",
+        "threads": os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(),
+    }
+
+
+def _names_in(job: Job, units: set[int]) -> set[str]:
+    """The output tensors that belong to finished units."""
+    sources = {name for unit in units for name in job.inventory.units[unit]}
+    paths = {name.rpartition(".")[0] for name in sources}
+    return {t.name for t in job.outputs if t.name in sources or t.name.rpartition(".")[0] in paths}
+
+
+def _work(
+    job: Job,
+    inputs: Inputs,
+    space: Workspace,
+    writer: ShardWriter,
+    records: list[dict[str, Any]],
+    progress: Progress,
+) -> None:
+    """Finish every unit that is not finished yet."""
+    done = {record["unit"] for record in records if "unit" in record}
+    left = [unit for unit in range(len(job.inventory.units)) if unit not in done]
+    source = _source(job, inputs, space, progress)
+    source.prepare(left, records)
+    by_bytes = inputs.calibration is None
+    if by_bytes:
+        progress.phase("quantizing", sum(_bytes_of(job, unit) for unit in left))
+    advance = progress.advance if by_bytes else lambda _: None
+    with Finisher(job, writer, space.record, advance, max(2, min(4, os.cpu_count() or 2))) as finisher:
+        for unit in left:
+            stats, extra = source.of_unit(unit)
+            finisher.submit(unit, stats, extra)
+            if extra:  # the files of the next block replace what this record speaks of
+                finisher.drain()
+
+
+def _bytes_of(job: Job, unit: int) -> int:
+    infos = (job.checkpoint.tensors[name] for name in job.inventory.units[unit])
+    return sum(info.end - info.start for info in infos)
+
+
+class Source(Protocol):
+    """Where statistics come from, asked for units in ascending order."""
+
+    def prepare(self, left: list[int], records: list[dict[str, Any]]) -> None:
+        """Get ready for the units `left`, knowing what an earlier process journalled."""
+        ...
+
+    def of_unit(self, unit: int) -> tuple[BlockStats, dict[str, Any]]:
+        """The statistics of one unit, and what to journal with it."""
+        ...
+
+
+class NoStatistics:
+    """For formats that need none."""
+
+    def prepare(self, left: list[int], records: list[dict[str, Any]]) -> None:
+        """Nothing to do."""
+
+    def of_unit(self, unit: int) -> tuple[BlockStats, dict[str, Any]]:
+        """No statistics."""
+        return BlockStats(), {}
+
+
+def _source(job: Job, inputs: Inputs, space: Workspace, progress: Progress) -> Source:
+    if inputs.activations is not None:
+        return Recorded(job, inputs.activations)
+    if inputs.calibration is None:
+        return NoStatistics()
+    hidden = _hidden_states(job, inputs.calibration, space)
+    return Runner(job, inputs.calibration, hidden, progress)
+
+
+def _hidden_states(job: Job, data: CalibrationSet, space: Workspace) -> HiddenStates:
+    """Room for the hidden states: on the device up to half of `max_memory`, else in files."""
+    assert job.spec is not None
+    compute = compute_of(job.settings.compute)
+    n, tokens = sum(len(batch) for batch in data.batches), data.batches[0].shape[1]
+    rows = job.settings.batch_size or max(1, ROWS_PER_CALL // tokens)
+    rows = -(-n // -(-n // min(rows, n)))
+    shape = (n, tokens, job.spec.hidden)
+    size = n * tokens * job.spec.hidden * np.dtype(compute.carrier).itemsize
+    spill = size > parse_size(job.settings.max_memory) // 2
+    return HiddenStates(shape, rows, np.dtype(compute.carrier), space.directory if spill else None)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run would do and cost, from config.json and tensor headers alone: no weight is read.
+
+Memory and time are estimates. Time rests on two figures measured when the plan is made, the rate of one matrix product
+and of one encode; memory is counted, plus what an idle process with a compiler in it takes.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqx.algorithms import LinearStats
+from jqx.formats import find_format
+from jqx.models import ModelSpec
+
+from .checkpoints import parse_size, plan_shards
+from .job import Job
+from .report import Coverage, coverage_of
+from .runner import ROWS_PER_CALL, compute_of
+from .weights import CHUNK, encode_weight
+
+PROCESS = 350 << 20  # bytes of a process that has loaded JAX and compiled a few programs
+STARTUP = 3.0  # seconds to load JAX and compile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearPlan:
+    """One linear that will be quantized: to what, and how many bytes it takes then."""
+
+    path: str
+    shape: tuple[int, ...]
+    weight: str
+    input: str | None
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The forecast of a run. Sizes in bytes, time in seconds; `tokens` is 0 where no model is run."""
+
+    recipe: str
+    kv_cache: str
+    target: str
+    linears: tuple[LinearPlan, ...]
+    coverage: Coverage
+    source_bytes: int
+    output_bytes: int
+    free_bytes: int
+    files: int
+    tokens: int
+    peak_memory_bytes: int
+    spilled_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        data = asdict(self)
+        data["coverage"]["share"] = self.coverage.share
+        return data
+
+
+def make_plan(job: Job, out: Path | None = None) -> Plan:
+    """Forecast `job`. `out` says whose disk must have room."""
+    shards = plan_shards(job.outputs, parse_size(job.settings.max_shard_size))
+    sizes: dict[str, int] = {}
+    for tensor in job.outputs:
+        path = tensor.name.rpartition(".")[0]
+        sizes[path] = sizes.get(path, 0) + tensor.nbytes
+    runs_model = (job.needs_inputs or job.needs_kv) and job.settings.activations is None
+    tokens = job.settings.calib_size * job.settings.calib_seq if runs_model else 0
+    memory, spilled = _memory(job, tokens)
+    modules = job.modules
+    return Plan(
+        recipe=job.recipe.name,
+        kv_cache=job.kv or "none",
+        target=job.settings.target,
+        linears=tuple(
+            LinearPlan(path=p, shape=modules[p].shape, weight=c.weight or "", input=c.input, bytes=sizes[p])
+            for p, c in job.choices.items()
+        ),
+        coverage=coverage_of(job),
+        source_bytes=sum(file.stat().st_size for file in job.checkpoint.files),
+        output_bytes=sum(shard.size for shard in shards),
+        free_bytes=shutil.disk_usage(_existing(out or Path.cwd())).free,
+        files=len(shards),
+        tokens=tokens,
+        peak_memory_bytes=memory,
+        spilled_bytes=spilled,
+        seconds=round(_seconds(job, tokens), 1),
+    )
+
+
+def _existing(path: Path) -> Path:
+    path = path.resolve()
+    return path if path.exists() else _existing(path.parent)
+
+
+def _memory(job: Job, tokens: int) -> tuple[int, int]:
+    """Peak memory, and bytes of hidden states that go to disk."""
+    largest = max(math.prod(modules.shape) for modules in job.inventory.modules)
+    encoding = 2 * min(largest, CHUNK) * (4 + 4 + 2) + largest
+    if not tokens or job.spec is None:
+        return PROCESS + encoding, 0
+    carrier = np.dtype(compute_of(job.settings.compute).carrier).itemsize
+    kind = job.spec.blocks[0]
+    block = _block_parameters(job.spec) * carrier
+    hidden = tokens * job.spec.hidden * carrier
+    spilled = hidden if hidden > parse_size(job.settings.max_memory) // 2 else 0
+    widths = 6 * job.spec.hidden + 3 * kind.mlp.inner + 4 * kind.attention.heads * kind.attention.head_dim
+    rows = max(min(tokens, ROWS_PER_CALL), job.settings.calib_seq)
+    return PROCESS + block + hidden - spilled + rows * widths * 4 + encoding, 2 * spilled
+
+
+def _block_parameters(spec: ModelSpec) -> int:
+    """Weights of the largest block."""
+
+    def count(i: int) -> int:
+        attention, mlp = spec.blocks[i].attention, spec.blocks[i].mlp
+        projections = 2 * (attention.heads + attention.kv_heads) * attention.head_dim
+        return spec.hidden * (projections + 3 * mlp.inner)
+
+    return max(count(i) for i in range(len(spec.blocks)))
+
+
+def _seconds(job: Job, tokens: int) -> float:
+    """Products at the measured rate, attention at a quarter of it, and weights at the measured encoding rate."""
+    choice = next(iter(job.choices.values()))
+    w = np.ones((1024, 1024), job.dtype)
+    stats = LinearStats(amax=np.float32(1))
+    fmt = find_format(choice.weight or "")
+    encoding = _best(lambda: encode_weight(w, fmt, "max", stats))
+    numel = sum(math.prod(job.modules[path].shape) for path in job.choices)
+    seconds = STARTUP + numel / w.size * encoding
+    if tokens and job.spec is not None:
+        a = jnp.ones((1024, 1024), jnp.float32)
+        rate = 2 * 1024**3 / _best(lambda: _product(a))
+        blocks = len(job.spec.blocks)
+        row = job.spec.blocks[0].attention
+        scores = 2 * tokens * job.settings.calib_seq * row.heads * row.head_dim
+        seconds += blocks * (2 * _block_parameters(job.spec) * tokens + 4 * scores) / rate
+    return seconds
+
+
+_product = jax.jit(lambda a: a @ a)
+
+
+def _best(work: Callable[[], Any]) -> float:
+    """Seconds of the fastest of three calls after a first one."""
+    jax.block_until_ready(work())
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        jax.block_until_ready(work())
+        times.append(time.perf_counter() - start)
+    return min(times)

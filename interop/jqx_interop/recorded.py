@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics from inputs of linears that were recorded elsewhere: no model is run.
+
+Keys and values come from the recorded inputs of the key and value linears, by one product and the rotation, in the
+arithmetic of the dtype that was recorded.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jqx.calibrate import amax, input_amax, stored_amax
+from jqx.errors import InputError
+from jqx.models import BF16, FLOAT32, block_prefix, kinds, project_kv
+from jqx.tensors.paths import unflatten
+
+from .data import Activations
+from .job import Attention, Job, input_bound
+from .runner import BlockStats, Folding
+from .weights import read_tensor
+
+
+class Recorded:
+    """The statistics of recorded activations, one block or all linears at a time."""
+
+    def __init__(self, job: Job, activations: Activations):
+        """Raises InputError naming the linears that were not recorded, or whose width differs."""
+        self._job, self._activations = job, activations
+        needed = [p for p, c in job.choices.items() if input_bound(job.config, c) is not None]
+        if job.needs_kv:
+            needed += [attention.k for attention in job.attentions]
+        have = set(activations.modules())
+        missing = [path for path in dict.fromkeys(needed) if path not in have]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise InputError(f"{activations.path} has no inputs of {missing[0]}{more}; keys are <module>|<batch>")
+        for path in needed:
+            if activations.width(path) != job.modules[path].shape[1]:
+                raise InputError(
+                    f"{activations.path}: inputs of {path} are {activations.width(path)} wide, "
+                    f"its weight takes {job.modules[path].shape[1]}; they belong to another model"
+                )
+
+    def prepare(self, left: list[int], records: list[dict[str, Any]]) -> None:
+        """Nothing to do: units do not depend on each other."""
+
+    def of_unit(self, unit: int) -> tuple[BlockStats, dict[str, Any]]:
+        """The statistics of the linears in one unit. Raises InputError for inputs that are not finite."""
+        inside = set(self._job.inventory.units[unit])
+        found = {}
+        for path, choice in self._job.choices.items():
+            if path + ".weight" in inside and input_bound(self._job.config, choice) is not None:
+                found[path] = float(input_amax(stored_amax(x) for x in self._activations.batches(path)))
+                if not np.isfinite(found[path]):
+                    raise InputError(f"{self._activations.path}: inputs of {path} are not finite")
+        kv = {}
+        for i, attention in enumerate(self._job.attentions if self._job.needs_kv else ()):
+            if attention.unit == unit:
+                kv = self._keys_and_values(i, attention)
+        return BlockStats(input_amax=found, kv=kv), {}
+
+    def _keys_and_values(self, i: int, attention: Attention) -> dict[str, tuple[float, np.ndarray | None]]:
+        job, spec = self._job, self._job.spec
+        assert spec is not None
+        prefix = block_prefix(spec, i) + "."
+        unit = job.inventory.units[attention.unit]
+        params = unflatten({n.removeprefix(prefix): jnp.asarray(read_tensor(job, n)) for n in unit})
+        batches = [x if x.ndim == 3 else x[None] for x in self._activations.batches(attention.k)]
+        fold = Folding([len(x) for x in batches], job.dtype)
+        largest: dict[str, list[np.float32]] = {"k": [], "v": []}
+        for batch in batches:
+            x = jnp.asarray(batch)
+            compute = FLOAT32 if x.dtype == jnp.float32 else BF16
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
+            k, v = project_kv(spec, kinds(spec)[i], params, x.astype(compute.carrier), positions, compute)
+            for name, y in (("k", k), ("v", v)):
+                largest[name].append(np.float32(amax(y, job.dtype)))
+            fold.add({f"{attention.path}.k": k, f"{attention.path}.v": v})
+        if job.kv_format.affine:
+            return fold.results()
+        return {f"{attention.path}.{n}": (float(input_amax(all_)), None) for n, all_ in largest.items()}

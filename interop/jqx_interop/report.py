@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run did, or will do: formats, sizes, and the share of the model that is quantized."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import ShardPlan
+from .job import Job
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coverage:
+    """How much of a model a recipe reaches.
+
+    `parameters`: all numbers in the source; `quantized`: those that get codes; `left`: linears that stay as they are;
+    `formats`: "weight format, input format" -> number of linears.
+    """
+
+    parameters: int
+    quantized: int
+    linears: int
+    left: tuple[str, ...]
+    formats: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        """The quantized share of the parameters, 0 to 1."""
+        return self.quantized / max(self.parameters, 1)
+
+    @property
+    def line(self) -> str:
+        """One line for people: how much was quantized, and which linears were not."""
+        text = f"{self.share:.1%} of {self.parameters:,} parameters quantized in {self.linears} linears"
+        if not self.left:
+            return text + "; no linear was left out"
+        return f"{text}; {len(self.left)} linears left as they are: {', '.join(summary(self.left))}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """The outcome of a run. Sizes in bytes; `bits` is stored bits per parameter, everything counted."""
+
+    out: str
+    recipe: str
+    kv_cache: str
+    target: str
+    source_bytes: int
+    output_bytes: int
+    bits: float
+    files: tuple[str, ...]
+    coverage: Coverage
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        data = asdict(self)
+        data["coverage"]["share"] = self.coverage.share
+        return data
+
+
+def coverage_of(job: Job) -> Coverage:
+    """What the recipe of `job` reaches."""
+    numel = {name: math.prod(job.checkpoint.tensors[name].shape) for name in job.inventory.tensors}
+    linears = [m.path for m in job.inventory.modules if m.kind == "linear"]
+    pairs = Counter(f"{c.weight}, {c.input or 'inputs as they are'}" for c in job.choices.values())
+    return Coverage(
+        parameters=sum(numel.values()),
+        quantized=sum(numel[path + ".weight"] for path in job.choices),
+        linears=len(job.choices),
+        left=tuple(path for path in linears if path not in job.choices),
+        formats=dict(pairs),
+    )
+
+
+def report_of(job: Job, out: Path, plans: Sequence[ShardPlan], seconds: float) -> Report:
+    """The report of a finished job."""
+    coverage = coverage_of(job)
+    written = sum(plan.size for plan in plans)
+    return Report(
+        out=str(out),
+        recipe=job.recipe.name,
+        kv_cache=job.kv or "none",
+        target=job.settings.target,
+        source_bytes=sum(file.stat().st_size for file in job.checkpoint.files),
+        output_bytes=written,
+        bits=8 * written / max(coverage.parameters, 1),
+        files=tuple(plan.file for plan in plans),
+        coverage=coverage,
+        seconds=round(seconds, 3),
+    )
+
+
+def summary(paths: Sequence[str], most: int = 6) -> list[str]:
+    """Paths for people: the same linear of many layers is one entry, `model.layers.*.mlp.up_proj (x30)`."""
+    merged = Counter(".".join("*" if p.isdigit() else p for p in path.split(".")) for path in paths)
+    lines = [name if count == 1 else f"{name} (x{count})" for name, count in merged.items()]
+    return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running the model over the calibration data, one block in memory at a time, and reducing what its linears meet.
+
+All blocks of one kind run one compiled program. Rows are sequences; a call takes a fixed number of them, and the last
+call is filled up by repeating a row, which changes no maximum.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqx.calibrate import AffineKV, affine_fold, affine_start, amax
+from jqx.config import KVFormat
+from jqx.errors import InputError
+from jqx.models import COMPUTES, BlockKind, Compute, ModelSpec, block, block_prefix, embed, kinds
+from jqx.tensors.paths import unflatten
+from jqx.transforms import Use, observe
+
+from .data import CalibrationSet
+from .hidden import HiddenStates
+from .job import Job
+from .progress import Progress
+from .weights import read_tensor
+
+ROWS_PER_CALL = 2048
+"""Tokens in one call: matrix products of 512 to 2048 rows are the fastest on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockStats:
+    """What one block's quantization needs: input_amax by linear, and amax and bias by "<attention>.k" and ".v"."""
+
+    input_amax: Mapping[str, float] = field(default_factory=dict)
+    kv: Mapping[str, tuple[float, np.ndarray | None]] = field(default_factory=dict)
+
+
+class Runner:
+    """The hidden states of the calibration set on their way through the blocks."""
+
+    def __init__(self, job: Job, data: CalibrationSet, hidden: HiddenStates, progress: Progress):
+        """`hidden` holds the states before block `hidden.block`, or nothing yet."""
+        assert job.spec is not None
+        self._job, self._spec, self._data = job, job.spec, data
+        self._hidden, self._progress = hidden, progress
+        self._compute = compute_of(job.settings.compute)
+        self._kv = job.kv_format if job.needs_kv else None
+        self._blocks = {unit: i for i, unit in enumerate(job.inventory.blocks)}
+
+    def prepare(self, left: list[int], records: list[dict[str, Any]]) -> None:
+        """Bring the hidden states to before the first block in `left`, or as near as what was kept allows."""
+        first = next((self._blocks[unit] for unit in left if unit in self._blocks), None)
+        if first is None:
+            return
+        last = max(self._blocks[unit] for unit in left if unit in self._blocks)
+        digests = {self._blocks[r["unit"]] + 1: r["hidden"] for r in records if "hidden" in r}
+        if not (first in digests and self._hidden.resume(first, digests[first])):
+            self._embed()
+        self._progress.phase("calibrating", (last + 1 - self._hidden.block) * self._hidden.count)
+
+    def of_unit(self, unit: int) -> tuple[BlockStats, dict[str, Any]]:
+        """The statistics of the block that is `unit`, and the digest of the hidden states after it if they are kept."""
+        stats, digest = BlockStats(), None
+        while unit in self._blocks and self._hidden.block <= self._blocks[unit]:
+            stats = self._run_block(self._hidden.block)
+            digest = self._hidden.turn()
+        return stats, {} if digest is None else {"hidden": digest}
+
+    def _embed(self) -> None:
+        name = self._spec.names.embed + ".weight"
+        table = read_tensor(self._job, name)
+        ids = np.concatenate(self._data.batches)
+        used, inverse = np.unique(ids, return_inverse=True)
+        rows = inverse.reshape(ids.shape).astype(np.int32)
+        params = unflatten({name: jnp.asarray(table[used])})
+        self._hidden.block = -1
+        for i, part in enumerate(self._hidden.batches(rows)):
+            self._hidden.put(i, embed(self._spec, params, jnp.asarray(part), self._compute))
+        self._hidden.turn()
+
+    def _run_block(self, i: int) -> BlockStats:
+        """Take every state through block `i`; returns what its linears and its attention met."""
+        kind = kinds(self._spec)[i]
+        prefix = block_prefix(self._spec, i)
+        params = self._parameters(i)
+        step = _step_of(self._spec, kind, self._compute, self._kv, self._job.dtype.name)
+        running: dict[str, Any] = {}
+        fold = Folding([len(batch) for batch in self._data.batches], self._job.dtype)
+        for n in range(self._hidden.count):
+            h = self._hidden.get(n)
+            positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2])
+            h, running, kept = step(params, h, positions, running)
+            self._hidden.put(n, h)
+            fold.add(kept)
+            self._progress.advance(1)
+        return self._checked(prefix, running, fold)
+
+    def _parameters(self, i: int) -> dict[str, Any]:
+        """The block's parameters in the dtype it computes with, cast once."""
+        prefix = block_prefix(self._spec, i) + "."
+        unit = self._job.inventory.units[self._job.inventory.blocks[i]]
+        leaves = {}
+        for name in unit:
+            array = jnp.asarray(read_tensor(self._job, name))
+            leaves[name.removeprefix(prefix)] = array.astype(self._compute.carrier)
+            self._job.checkpoint.release(name)
+        return unflatten(leaves)
+
+    def _checked(self, prefix: str, running: dict[str, Any], fold: "Folding") -> BlockStats:
+        found = {name: float(value) for name, value in running.items()}
+        for name, value in found.items():
+            if not np.isfinite(value):
+                what = name.removesuffix(".weight")
+                raise InputError(
+                    f"the calibration inputs of {prefix}.{what} are not finite; "
+                    "check the weights, or calibrate in another precision (--compute)"
+                )
+        names = self._spec.names
+        kv_names = {names.kept_k, names.kept_v}
+        kv = {f"{prefix}.{n}": (v, None) for n, v in found.items() if n in kv_names and self._kv}
+        return BlockStats(
+            input_amax={
+                f"{prefix}.{n.removesuffix('.weight')}": v for n, v in found.items() if n not in kv_names
+            },
+            kv=kv | {f"{prefix}.{name}": value for name, value in fold.results().items()},
+        )
+
+
+def compute_of(name: str) -> Compute:
+    """The arithmetic called "auto", "float32" or "bf16" on the default device. Raises InputError."""
+    accelerator = jax.default_backend() != "cpu"
+    if name == "auto":
+        name = "bf16" if accelerator else "float32"
+    if (name, accelerator) not in COMPUTES:
+        raise InputError(f"--compute {name!r} is unknown; use auto, float32 or bf16")
+    return COMPUTES[name, accelerator]
+
+
+def _step_of(
+    spec: ModelSpec, kind: BlockKind, compute: Compute, kv: KVFormat | None, dtype: str
+) -> Callable[..., Any]:
+    return partial(_step, spec=spec, kind=kind, compute=compute, affine=bool(kv and kv.affine), dtype=dtype)
+
+
+@partial(jax.jit, static_argnames=("spec", "kind", "compute", "affine", "dtype"), donate_argnums=(1,))
+def _step(
+    params: Any,
+    h: jax.Array,
+    positions: jax.Array,
+    running: dict[str, jax.Array],
+    *,
+    spec: ModelSpec,
+    kind: BlockKind,
+    compute: Compute,
+    affine: bool,
+    dtype: str,
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """One call: states after the block, the running maxima, and keys and values if their order matters."""
+
+    def collect(use: Use, x: jax.Array) -> jax.Array | None:
+        if use.op == "name" and affine:
+            return x
+        return amax(x, jnp.dtype(dtype)) if use.op in ("dot", "name") else None
+
+    def run(params: Any, h: jax.Array) -> jax.Array:
+        return block(spec, kind, params, h, positions, compute)
+
+    out, found = observe(run, collect)(params, h)
+    kept = {name: found.pop(name) for name in list(found) if found[name].ndim}
+    return out, {n: jnp.maximum(v, running[n]) if n in running else v for n, v in found.items()}, kept
+
+
+class Folding:
+    """Keys and values put together again into whole statistics batches, and folded in their order."""
+
+    def __init__(self, sizes: list[int], dtype: np.dtype):
+        """`sizes`: sequences in every statistics batch; `dtype`: the model's."""
+        self._sizes, self._dtype = sizes, dtype
+        self._waiting: dict[str, np.ndarray] = {}
+        self._state: dict[str, AffineKV] = {}
+
+    def add(self, kept: Mapping[str, jax.Array]) -> None:
+        """The next keys and values [b, heads, t, dim] by name; what is beyond the last batch is dropped."""
+        for name, x in kept.items():
+            rows = np.asarray(x)
+            if name not in self._state:
+                self._state[name] = affine_start(rows.shape[1], rows.shape[3], self._dtype)
+            whole = np.concatenate([self._waiting[name], rows]) if name in self._waiting else rows
+            done = int(self._state[name].batches)
+            while done < len(self._sizes) and len(whole) >= self._sizes[done]:
+                batch, whole = whole[: self._sizes[done]], whole[self._sizes[done] :]
+                self._state[name] = _fold(self._state[name], batch)
+                done += 1
+            self._waiting[name] = whole
+
+    def results(self) -> dict[str, tuple[float, np.ndarray | None]]:
+        """Name -> (amax, bias) after the last batch."""
+        return {name: (float(s.amax), np.asarray(s.bias)) for name, s in self._state.items()}
+
+
+_fold = jax.jit(affine_fold)

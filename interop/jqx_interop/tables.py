@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of the code's tables as plain rows for people: what the commands print and the README shows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from jqx.config import Keep, to_json
+from jqx.formats import FORMATS, Format
+from jqx.recipes import RECIPES, Recipe, find_recipe
+
+from .families import FAMILIES
+from .targets import TARGETS
+
+Rows = list[dict[str, Any]]
+
+
+def format_rows() -> Rows:
+    """One row a format."""
+    return [
+        {
+            "format": row.name,
+            "element": row.element.name,
+            "values per scale": _block(row),
+            "scale": row.scale.name,
+            "tensor scale": f"amax / {row.tensor_bound:g}" if row.tensor_bound else "",
+            "bits": f"{row.bits:g}",
+        }
+        for row in FORMATS.values()
+    ]
+
+
+def recipe_rows() -> Rows:
+    """One row a recipe."""
+    return [
+        {
+            "recipe": row.name,
+            "weights": _fields(row, "weight"),
+            "inputs": _fields(row, "input") or "as they are",
+            "calibration": "none" if row.config.algorithm is None else row.config.algorithm,
+            "what": row.summary,
+            "also known as": ", ".join(row.aliases),
+        }
+        for row in RECIPES.values()
+    ]
+
+
+def family_rows() -> Rows:
+    """One row a model_type."""
+    return [
+        {
+            "model_type": row.model_type,
+            "norm": row.norm,
+            "q/k norm": "yes" if row.qk_norm else "",
+            "windows": row.windows,
+            "embedding scale": row.embedding_scale,
+        }
+        for row in FAMILIES.values()
+    ]
+
+
+def target_rows() -> Rows:
+    """One row a layout."""
+    return [{"target": row.name, "read by": row.readers} for row in TARGETS.values()]
+
+
+def recipe_yaml(name: str) -> str:
+    """The recipe that answers to `name` as YAML, as `--recipe` reads it. Raises InputError."""
+    recipe = find_recipe(name)
+    data = {"name": recipe.name, **to_json(recipe.config)}
+    return yaml.safe_dump(data, sort_keys=False, width=1000)
+
+
+def markdown(rows: Rows) -> str:
+    """Rows as a Markdown table."""
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([str(cell) for cell in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _block(row: Format) -> str:
+    if row.block == (None, None):
+        return "the tensor"
+    if row.block == (1, None):
+        return "a row"
+    return " x ".join(str(size) for size in row.block if size != 1)
+
+
+def _fields(recipe: Recipe, field: str) -> str:
+    values: Sequence[Any] = [getattr(rule, field) for rule in recipe.config.rules]
+    return ", ".join(dict.fromkeys(v for v in values if v is not None and not isinstance(v, Keep)))

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finishing units: their tensors are encoded and written by a few threads, then made durable and journalled in order.
+
+The caller goes on with the next block meanwhile. The first error stops everything and is raised where the caller asks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from jqx.calibrate import kv_scale
+
+from .checkpoints import DTYPES, ShardWriter
+from .job import Attention, Job
+from .runner import BlockStats
+from .weights import checked_amax, encode_group, read_tensor
+
+Record = Callable[[dict[str, Any]], None]
+
+
+class Finisher:
+    """Writes units. A context manager: leaving it waits, and raises what went wrong."""
+
+    def __init__(self, job: Job, writer: ShardWriter, record: Record, advance: Callable[[float], None], workers: int):
+        """`record` journals one finished unit; `advance` is told the source bytes that are done."""
+        self._job, self._writer, self._record, self._advance = job, writer, record, advance
+        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="jqx-encode")
+        self._closer = ThreadPoolExecutor(1, thread_name_prefix="jqx-sync")
+        self._closing: list[Future[None]] = []
+        self._groups = {path: group for group in job.inventory.siblings for path in group}
+        self._attentions = {attention.unit: attention for attention in job.attentions}
+
+    def __enter__(self) -> "Finisher":
+        """Return the finisher itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for everything, or give up what has not begun if an error is on its way."""
+        self._workers.shutdown(wait=True, cancel_futures=kind is not None)
+        self._closer.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            self.check()
+
+    def submit(self, unit: int, stats: BlockStats, extra: Mapping[str, Any] | None = None) -> None:
+        """Write one unit with the statistics it needs; `extra` goes into its journal record."""
+        self.check()
+        while sum(not future.done() for future in self._closing) > 1:
+            self._closing[-2].result()
+        tasks = [self._workers.submit(self._run, task, stats) for task in self._tasks(unit)]
+        if attention := self._attentions.get(unit):
+            tasks.append(self._workers.submit(self._write, kv_tensors(self._job, attention, stats)))
+        self._closing.append(self._closer.submit(self._close, unit, tasks, dict(extra or {})))
+
+    def drain(self) -> None:
+        """Wait until everything submitted is journalled."""
+        for future in self._closing:
+            future.result()
+
+    def check(self) -> None:
+        """Raise the first error of what was submitted."""
+        for future in self._closing:
+            if future.done():
+                future.result()
+
+    def _tasks(self, unit: int) -> Iterator[tuple[str, ...]]:
+        """Groups of linears, and single tensors that are copied, in order."""
+        seen: set[str] = set()
+        inside = set(self._job.inventory.units[unit])
+        for name in self._job.inventory.units[unit]:
+            path, _, leaf = name.rpartition(".")
+            if leaf != "weight" or path not in self._job.choices:
+                yield (name,)
+            elif path not in seen:
+                group = self._groups.get(path, (path,))
+                members = tuple(p for p in group if p + ".weight" in inside and p in self._job.choices)
+                seen.update(members)
+                yield members
+
+    def _run(self, task: tuple[str, ...], stats: BlockStats) -> None:
+        if task[0] in self._job.choices:
+            self._write(encode_group(self._job, task, stats.input_amax))
+            sources = [path + ".weight" for path in task]
+        else:
+            array = read_tensor(self._job, task[0])
+            if array.dtype in (DTYPES["BF16"], DTYPES["F16"], DTYPES["F32"]):
+                checked_amax(array, task[0])
+            self._writer.write(task[0], array)
+            self._job.checkpoint.release(task[0])
+            sources = list(task)
+        found = (self._job.checkpoint.tensors[name] for name in sources)
+        self._advance(sum(info.end - info.start for info in found))
+
+    def _write(self, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
+        for name, array in arrays:
+            self._writer.write(name, array)
+
+    def _close(self, unit: int, tasks: list[Future[None]], extra: dict[str, Any]) -> None:
+        for task in tasks:
+            task.result()
+        self._writer.sync()
+        self._record({"unit": unit, **extra})
+
+
+def kv_tensors(job: Job, attention: Attention, stats: BlockStats) -> Iterator[tuple[str, np.ndarray]]:
+    """The scales, and for affine formats the biases, of one attention's keys and values."""
+    for linear, letter in ((attention.k, "k"), (attention.v, "v")):
+        if (path := f"{attention.path}.{letter}") in stats.kv:
+            amax, bias = stats.kv[path]
+            yield f"{linear}.{letter}_scale", np.asarray(kv_scale(amax, path), np.float32)
+            if bias is not None:
+                yield f"{linear}.{letter}_bias", bias.astype(DTYPES["BF16"])

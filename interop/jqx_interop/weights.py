@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights on the host: reading them in the model's dtype, and their codes.
+
+Codes and scales are computed on the CPU backend whatever the default device is, because division on accelerators is
+approximate and codes at ties would change.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqx.algorithms import ALGORITHMS, LinearStats
+from jqx.calibrate import input_scale, stored_amax
+from jqx.config import INPUT_FORMATS
+from jqx.errors import InputError
+from jqx.formats import Format, find_format
+from jqx.tensors import QTensor
+
+from .job import Job, input_bound
+from .targets import TARGETS, find_algo
+
+CHUNK = 1 << 24
+"""Values encoded in one call: what bounds the memory that a large matrix needs."""
+
+
+def read_tensor(job: Job, name: str) -> np.ndarray:
+    """The tensor `name` in the model's dtype if it is floating-point, as stored otherwise."""
+    array = job.checkpoint.read(name)
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(job.dtype) if floating and array.dtype != job.dtype else array
+
+
+def checked_amax(array: np.ndarray, name: str) -> np.float32:
+    """The largest magnitude in the tensor `name`. Raises InputError if a number in it is NaN or infinite."""
+    largest = stored_amax(array)
+    if not np.isfinite(largest):
+        raise InputError(f"the tensor {name} holds NaN or infinite numbers; the checkpoint is damaged")
+    return largest
+
+
+def encode_group(
+    job: Job, members: tuple[str, ...], input_amax: Mapping[str, float]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The named arrays of quantized linears that read one input; tensor scales are shared where the layout says so.
+
+    `input_amax` has the linears whose inputs get a stored scale. Raises InputError naming a weight that is not finite.
+    """
+    weights = {path: read_tensor(job, path + ".weight") for path in members}
+    amax = {path: checked_amax(weights[path], path + ".weight") for path in members}
+    named = TARGETS[job.settings.target].named
+    for path in members:
+        choice = job.choices[path]
+        algo = find_algo(choice)
+        shared = [p for p in members if algo and algo.unified and job.choices[p] == choice] or [path]
+        stats = LinearStats(amax=max(amax[p] for p in shared), input_scale=None)
+        if (bound := input_bound(job.config, choice)) is not None:
+            row = INPUT_FORMATS[choice.input or ""]
+            largest = max(input_amax[p] for p in shared)
+            stats = stats._replace(input_scale=input_scale(largest, bound, path, row.code_max))
+        fmt = find_format(choice.weight or "")
+        q = encode_weight(weights[path], fmt, job.config.algorithm or "max", stats)
+        yield from ((name, np.asarray(array)) for name, array in named(path, q).items())
+        job.checkpoint.release(path + ".weight")
+
+
+def encode_weight(w: np.ndarray, fmt: Format, algorithm: str, stats: LinearStats) -> QTensor:
+    """`w` [n, k] stored in `fmt`, computed on the CPU in slices of rows when it is large."""
+    n, k = w.shape
+    rows = max(CHUNK // k // 128, 1) * 128
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        if n <= rows:
+            return _encode(w, stats, fmt=fmt, algorithm=algorithm)
+        parts = [
+            jax.tree.map(np.asarray, _encode(w[i : i + rows], stats, fmt=fmt, algorithm=algorithm))
+            for i in range(0, n, rows)
+        ]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves) if leaves[0].ndim else leaves[0], *parts)
+
+
+@partial(jax.jit, static_argnames=("fmt", "algorithm"))
+def _encode(w: jax.Array, stats: LinearStats, *, fmt: Format, algorithm: str) -> QTensor:
+    return ALGORITHMS[algorithm](w, fmt, stats)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is quantized to what: an ordered tuple of rules, resolved field by field, the last match wins.
+
+A rule's glob is matched (fnmatch, case matters) against the path of a weight, `model.layers.3.mlp.up_proj.weight`,
+or of an attention, `model.layers.3.self_attn`. Each field of a rule is a format name, None (leave it alone) or
+KEEP (what an earlier rule said).
+"""
+
+import dataclasses
+import enum
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InputError, nearest
+from .formats import FORMATS, find_format
+
+
+class Keep(enum.Enum):
+    """The type of KEEP."""
+
+    KEEP = "keep"
+
+
+KEEP = Keep.KEEP
+"""Leave this field as an earlier rule set it."""
+
+FIELDS = ("weight", "input", "output", "kv")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """One line of a configuration: which paths, and what happens to each of their quantities.
+
+    `kind` narrows the rule to "linear", "embedding" or "attention"; None means any.
+    """
+
+    path_glob: str = "*"
+    weight: str | None | Keep = KEEP
+    input: str | None | Keep = KEEP
+    output: str | None | Keep = KEEP
+    kv: str | None | Keep = KEEP
+    kind: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantConfig:
+    """Ordered rules and the algorithm that chooses the scales; `algorithm` None collects nothing."""
+
+    rules: tuple[Rule, ...]
+    algorithm: str | None = "max"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What the rules say about one path."""
+
+    weight: str | None = None
+    input: str | None = None
+    output: str | None = None
+    kv: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputFormat:
+    """How the input of a linear is quantized when the model runs.
+
+    `bound`: what input_amax is divided by to give input_scale; None where the engine finds the scale itself.
+    `code_max`: the largest code where blocks have scales of their own.
+    """
+
+    name: str
+    bound: float | None
+    mode: str
+    code_max: float | None = None
+
+
+INPUT_FORMATS = {
+    row.name: row
+    for row in (
+        InputFormat(name="fp8", bound=448.0, mode="static, per tensor"),
+        InputFormat(name="fp8_token", bound=None, mode="dynamic, per token"),
+        InputFormat(name="int8", bound=127.0, mode="static, per tensor"),
+        InputFormat(
+            name="nvfp4",
+            bound=6.0 * 448.0,
+            mode="dynamic block scales, static tensor scale",
+            code_max=6.0,
+        ),
+        InputFormat(name="mxfp4", bound=None, mode="dynamic, per 32"),
+        InputFormat(name="mxfp8", bound=None, mode="dynamic, per 32"),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVFormat:
+    """How keys and values are stored; `cast` needs no scales, `affine` subtracts a mean first."""
+
+    name: str
+    bound: float = 448.0
+    affine: bool = False
+    cast: bool = False
+
+
+KV_FORMATS = {
+    row.name: row
+    for row in (
+        KVFormat(name="fp8"),
+        KVFormat(name="fp8_affine", affine=True),
+        KVFormat(name="fp8_cast", cast=True),
+        KVFormat(name="nvfp4"),
+        KVFormat(name="nvfp4_affine", affine=True),
+        KVFormat(name="nvfp4_cast", cast=True),
+    )
+}
+
+
+def base_format(name: str) -> str:
+    """The row of `FORMATS` that `name` varies: `int4` for `int4_b64`."""
+    return name if name in FORMATS else name.rpartition("_b")[0]
+
+
+def resolve(config: QuantConfig, path: str, kind: str) -> Choice:
+    """What `config` says about `path`: each field from the last matching rule that sets it."""
+    found: dict[str, Any] = {}
+    for rule in config.rules:
+        if rule.kind in (None, kind) and fnmatch.fnmatchcase(path, rule.path_glob):
+            for field in FIELDS:
+                value = getattr(rule, field)
+                if value is not KEEP:
+                    found[field] = value
+    return Choice(**found)
+
+
+def with_block(config: QuantConfig, block: int) -> QuantConfig:
+    """`config` with `block` values to a scale in every block format of its weights."""
+
+    def change(rule: Rule) -> Rule:
+        if not isinstance(rule.weight, str):
+            return rule
+        name = base_format(rule.weight)
+        row = FORMATS[name]
+        if row.block[0] != 1 or row.block[1] is None:
+            raise InputError(f"block={block}: {name} has no blocks along the input to change")
+        if block == row.block[1]:
+            return dataclasses.replace(rule, weight=name)
+        return dataclasses.replace(rule, weight=find_format(f"{name}_b{block}").name)
+
+    return dataclasses.replace(config, rules=tuple(change(rule) for rule in config.rules))
+
+
+def to_json(config: QuantConfig) -> dict[str, Any]:
+    """`config` as plain JSON values; fields that KEEP are left out."""
+    rules = []
+    for rule in config.rules:
+        row: dict[str, Any] = {"path_glob": rule.path_glob}
+        row.update({f: getattr(rule, f) for f in FIELDS if getattr(rule, f) is not KEEP})
+        if rule.kind:
+            row["kind"] = rule.kind
+        rules.append(row)
+    return {"rules": rules, "algorithm": config.algorithm}
+
+
+def from_json(data: Mapping[str, Any]) -> QuantConfig:
+    """The inverse of `to_json`; a wrong key names the key and the nearest valid one."""
+    _only(data, ("rules", "algorithm"), "configuration key")
+    allowed = tuple(field.name for field in dataclasses.fields(Rule))
+    for row in data["rules"]:
+        _only(row, allowed, "rule key")
+    rules = tuple(Rule(**row) for row in data["rules"])
+    for rule in rules:
+        if isinstance(rule.weight, str):
+            find_format(rule.weight)
+        if isinstance(rule.input, str) and rule.input not in INPUT_FORMATS:
+            raise nearest(rule.input, INPUT_FORMATS, "input format")
+        if isinstance(rule.kv, str) and rule.kv not in KV_FORMATS:
+            raise nearest(rule.kv, KV_FORMATS, "KV cache format")
+    return QuantConfig(rules=rules, algorithm=data.get("algorithm", "max"))
+
+
+def _only(data: Mapping[str, Any], allowed: tuple[str, ...], what: str) -> None:
+    for key in data:
+        if key not in allowed:
+            raise nearest(key, allowed, what)

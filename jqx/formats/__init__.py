@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stored number is: elements, formats, and the arithmetic between arrays and stored
+bytes."""
+
+from .elements import Element as Element
+from .encode import Encoded as Encoded
+from .encode import decode as decode
+from .encode import encode as encode
+from .encode import fake_quantize as fake_quantize
+from .format import FORMATS as FORMATS
+from .format import Format as Format
+from .format import check_divides as check_divides
+from .format import find_format as find_format
+from .format import grid_shape as grid_shape
+from .numerics import block_amax as block_amax
+from .numerics import unpacked_shape as unpacked_shape
+from .numerics import weight_amax as weight_amax

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one stored number is: a row per element, and the functions that turn float32 into its code
+and back.
+
+| element | values |
+|---|---|
+| e4m3 | float8_e4m3fn: up to 448, steps of 2^-9 below 2^-6 |
+| e2m1 | 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives |
+| int8, int4 | -128..127 and -8..7; scales are chosen for 127 and 7 |
+| e8m0 | a power of two, 2^(code - 127) |
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from jaxtyping import Array, Float32, UInt8
+
+from jqx_kernels import bits as b
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """How one number is stored. Holds no arrays and no behaviour."""
+
+    name: str
+    bits: int
+    max: float  # the magnitude that an amax is scaled to
+    dtype: str  # of the exported array; several 4-bit codes share a uint8
+
+
+E4M3 = Element("e4m3", 8, 448.0, "float8_e4m3fn")
+E2M1 = Element("e2m1", 4, 6.0, "uint8")
+E2M1_DOWN = Element("e2m1_down", 4, 6.0, "uint8")  # ModelOpt's MXFP4 export: ties down, zero is 8
+INT8 = Element("int8", 8, 127.0, "int8")
+INT4 = Element("int4", 4, 7.0, "uint8")
+E8M0 = Element("e8m0", 8, 2.0**127, "uint8")
+FLOAT32 = Element("float32", 32, float.fromhex("0x1.fffffep+127"), "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """The two directions of an element, elementwise and exact."""
+
+    encode: Callable[[Float32[Array, "*s"], Float32[Array, "*s"]], UInt8[Array, "*s"]]
+    """(x divided by its scale, x itself) -> the code in a byte of its own."""
+    decode: Callable[[UInt8[Array, "*s"]], Float32[Array, "*s"]]
+
+
+CODECS = {
+    "e4m3": Codec(lambda q, x: b.e4m3_code(q), b.e4m3_value),
+    "e2m1": Codec(b.e2m1_code, b.e2m1_value),
+    "e2m1_down": Codec(b.e2m1_code_down, b.e2m1_value),
+    "int8": Codec(lambda q, x: b.int_code(q, 8), partial(b.int_value, width=8)),
+    "int4": Codec(lambda q, x: b.int_code(q, 4), partial(b.int_value, width=4)),
+}

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From largest magnitudes to stored scales, one rule for every kind of scale.
+
+    float32    scale = amax / element.max
+    e4m3       tensor_scale = amax / tensor_bound
+               scale = E4M3(block amax / (element.max * tensor_scale))
+    e8m0       scale = 2^ceil(log2(block amax / element.max))
+
+Where ModelOpt 0.47 exports finite numbers the bytes are the same: an amax of zero counts as
+element.max (scale 1), a block of zeros under a tensor scale stores 1, a block scale that underflows
+stores 2^-9. Where it exports NaN (a matrix of zeros in the per-tensor and two-level formats) an
+amax of zero counts as the bound too. A float32 scale that would be subnormal, which XLA and most
+engines read as zero, is 2^-126 here."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32, UInt8
+
+from jqx_kernels.bits import (
+    INFINITY,
+    bits,
+    divide,
+    e4m3_code,
+    e4m3_value,
+    e8m0_value,
+    from_bits,
+    scale_up,
+)
+
+from .format import Format, grid_shape
+from .numerics import block_amax, spread
+
+TINY = 2.0**-126
+_Quotient = Callable[[Float32[Array, "..."]], Float32[Array, "..."]]
+
+
+class Scales(NamedTuple):
+    """The stored scales of one matrix, and the function that divides its blocks by them."""
+
+    scale: Array
+    tensor_scale: Float32[Array, ""] | None
+    quotient: _Quotient
+
+
+def find_scales(w: Float[Array, "n k"], fmt: Format, amax: Float[Array, "..."] | None) -> Scales:
+    """The scales with which `fmt` stores `w`.
+
+    `amax`: for formats of two levels the magnitude the tensor scale must reach, for others one per
+    scale in the shape of the scales; taken from `w` where None."""
+    return _RULES[fmt.scale.name](w, fmt, None if amax is None else amax.astype(jnp.float32))
+
+
+def _amax_of_blocks(
+    w: Float[Array, "n k"], fmt: Format, amax: Float32[Array, "..."] | None
+) -> Float32[Array, "..."]:
+    if amax is None:
+        return block_amax(w, fmt.block)
+    grid = grid_shape(fmt, w.shape)
+    if amax.shape != grid:
+        raise ValueError(
+            f"{fmt.name} has scales of shape {grid} for a matrix {w.shape}, "
+            f"and amax is {amax.shape}."
+        )
+    return amax.reshape(grid or (1, 1))
+
+
+def _stand_in(amax: Float32[Array, "*s"], bound: float) -> Float32[Array, "*s"]:
+    """`amax`, with `bound` in place of zero and NaN: nothing is known, so the scale becomes 1."""
+    return jnp.where((bits(amax) == 0) | jnp.isnan(amax), jnp.float32(bound), amax)
+
+
+def _float32_rule(
+    w: Float[Array, "n k"], fmt: Format, amax: Float32[Array, "..."] | None
+) -> Scales:
+    info = jnp.finfo(_amax_dtype(fmt, w.dtype))
+    known = _stand_in(_amax_of_blocks(w, fmt, amax), fmt.element.max)
+    known = jnp.clip(known, jnp.float32(info.tiny), jnp.float32(info.max))
+    scale = jnp.maximum(divide(known, fmt.element.max), jnp.float32(TINY))
+    return Scales(scale.reshape(grid_shape(fmt, w.shape)), None, lambda x: divide(x, spread(scale)))
+
+
+def _amax_dtype(fmt: Format, dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype whose smallest normal number ModelOpt keeps an amax above: that of the weight for
+    rows and tiles."""
+    rows, cols = fmt.block
+    whole_row_or_tile = rows is not None and (cols is None or rows > 1)
+    return dtype if whole_row_or_tile else jnp.dtype(jnp.float32)
+
+
+def _e4m3_rule(w: Float[Array, "n k"], fmt: Format, amax: Float32[Array, "..."] | None) -> Scales:
+    assert fmt.tensor_bound is not None
+    blocks = block_amax(w, fmt.block)
+    whole = jnp.max(blocks) if amax is None else amax
+    if whole.shape:
+        raise ValueError(
+            f"{fmt.name} takes one amax for the whole matrix, not an array of shape {whole.shape}."
+        )
+    tensor_scale = divide(_stand_in(whole, fmt.tensor_bound), fmt.tensor_bound)
+    tensor_scale = jnp.maximum(tensor_scale, jnp.float32(TINY))
+    scale = divide(blocks, jnp.float32(fmt.element.max) * tensor_scale)
+    scale = jnp.where(bits(blocks) == 0, jnp.float32(1), scale)
+    code = e4m3_code(jnp.clip(scale, jnp.float32(2.0**-9), jnp.float32(448)))
+    step = jnp.maximum(e4m3_value(code) * tensor_scale, jnp.float32(TINY))
+    stored = lax.bitcast_convert_type(code, jnp.float8_e4m3fn)
+    return Scales(stored, tensor_scale, lambda x: divide(x, spread(step)))
+
+
+def _e8m0_rule(w: Float[Array, "n k"], fmt: Format, amax: Float32[Array, "..."] | None) -> Scales:
+    code = _ceil_log2(_amax_of_blocks(w, fmt, amax), fmt.element.max)
+    inverse = e8m0_value(jnp.uint8(254) - code)
+    return Scales(code, None, lambda x: scale_up(x, spread(inverse)))
+
+
+def _ceil_log2(amax: Float32[Array, "*s"], bound: float) -> UInt8[Array, "*s"]:
+    """127 + ceil(log2(amax / bound)) clipped to 0..254, where log2 is rounded to float32 before it
+    is ceiled.
+
+    So a quotient a few ulp above a power of two counts as that power, as it does for torch.
+    """
+    fraction, exponent = math.frexp(bound)
+    b = bits(divide(amax, 2 * fraction))
+    floor = (b >> 23) - 127 - (exponent - 1)
+    above = (b & 0x7F_FFFF).astype(jnp.float32)  # in ulp of the power of two
+    up = above > _half_spacing(floor) * jnp.float32(math.log(2))
+    return jnp.clip(floor + 127 + up.astype(jnp.int32), 0, 254).astype(jnp.uint8)
+
+
+def _half_spacing(k: Int32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """Half the distance from the integer `k` to the next float32 above it, in units of 2^-23; 0 for
+    k = 0."""
+    b = bits(jnp.abs(k).astype(jnp.float32))
+    b = jnp.where(
+        k < 0, b - 1, b
+    )  # towards zero the spacing below a power of two is the smaller one
+    return from_bits(b & INFINITY) * jnp.float32(0.5)
+
+
+_RULES = {"float32": _float32_rule, "e4m3": _e4m3_rule, "e8m0": _e8m0_rule}
+
+
+def step_of(
+    scale: Array, tensor_scale: Float32[Array, ""] | None, fmt: Format
+) -> Float32[Array, "..."]:
+    """What a code is multiplied by, as float32 [blocks of rows, blocks of columns]."""
+    return _STEPS[fmt.scale.name](scale, tensor_scale)
+
+
+def _e4m3_step(scale: Array, tensor_scale: Float32[Array, ""] | None) -> Float32[Array, "..."]:
+    assert tensor_scale is not None
+    return e4m3_value(lax.bitcast_convert_type(scale, jnp.uint8)) * tensor_scale
+
+
+_STEPS = {
+    "float32": lambda scale, _: scale.reshape(scale.shape or (1, 1)),
+    "e4m3": _e4m3_step,
+    "e8m0": lambda scale, _: e8m0_value(scale),
+}

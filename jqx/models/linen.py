@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder as a Flax module, for code that expects `model.init` and `model.apply`."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, Float, Int, Key
+
+from .decoder import forward
+from .layout import param_shapes
+from .spec import FLOAT32, Compute, ModelSpec
+
+
+class CausalLM(nn.Module):
+    """`apply({"params": tree}, ids)` gives float32 logits; the tree is the checkpoint's, unmodified.
+
+    `init(key, ids)` draws a fresh float32 tree: normal weights, zero biases, norms that change nothing.
+    """
+
+    spec: ModelSpec
+    compute: Compute = FLOAT32
+
+    @nn.compact
+    def __call__(
+        self, ids: Int[Array, "b t"], positions: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t v"]:
+        """Logits of every token; see `jqx.models.forward`."""
+        roots = {name.split(".")[0]: None for name in param_shapes(self.spec)}
+        params = {root: self.param(root, _draw, self.spec, root) for root in roots}
+        return forward(self.spec, params, ids, self.compute, positions)
+
+
+def init_params(spec: ModelSpec, key: Key[Array, ""]) -> dict[str, Any]:
+    """A fresh float32 parameter tree: what `CausalLM(spec).init` draws, without a batch."""
+    return CausalLM(spec).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _draw(key: Key[Array, ""], spec: ModelSpec, root: str) -> Any:
+    shapes = {name: s for name, s in param_shapes(spec).items() if name.split(".")[0] == root}
+    keys = jax.random.split(key, len(shapes))
+    leaves = {
+        name: _leaf(spec, name, s, k) for (name, s), k in zip(shapes.items(), keys, strict=True)
+    }
+    return unflatten_dict(leaves, sep=".")[root]
+
+
+def _leaf(spec: ModelSpec, name: str, shape: tuple[int, ...], key: Key[Array, ""]) -> Array:
+    if name.endswith(".bias"):
+        return jnp.zeros(shape)
+    if len(shape) == 1:
+        return jnp.full(shape, 0.0 if spec.final_norm.kind == "rms_plus_one" else 1.0)
+    return spec.init_range * jax.random.normal(key, shape)

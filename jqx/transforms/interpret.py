@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The jaxpr walker: run any function of parameters, and act where a parameter meets an activation.
+
+The function is traced once; its equations are evaluated one after another, and every value carries
+its `Origin`. What an equation does to origins, and where a handler is called, is a rule in a table
+(`primitives.PRIMITIVES`). Equations without a rule are evaluated as they are (`plain`): parameters
+that go in do not come out as views, and nothing that was a matrix disappears without a trace. The
+words used for that:
+
+- *use*: a matrix product ("dot"), a lookup of rows ("gather"), or an "elementwise" meeting: a
+  parameter added to or subtracted from an activation (a bias, a table of positions), or one of rank
+  at most 1 in any other operation (a norm's gain). Rank counts axes longer than one.
+- *untracked*: a parameter that meets an activation in any other way, on any path: changed first
+  (scaled, sliced, concatenated, multiplied with another parameter) and then in a matrix product; of
+  rank 2 or more in an operation that has no rule; or inside a construct that is not walked. A
+  parameter can have uses and be untracked too. One that meets no activation at all is neither.
+
+A value computed from constants alone is no activation, unless the function has no inputs but the
+parameters: then the constants are its batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from jqx.errors import InputError
+from jqx.tensors.paths import leaf_names
+
+from .views import ACTIVATION, CONSTANT, Origin, derived, parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One way in which a parameter meets an activation, or a named activation.
+
+    `path` is the parameter's name, or the name given to `checkpoint_name`. `op` is "dot", "gather",
+    "elementwise" or "name". For "dot" `activation_axes` are the activation's axes that are summed
+    over, in the order of the parameter's channels, and `weight_axes` the parameter's. For "gather"
+    `weight_axes` is the axis that is looked up and the activation is the array of indices. All axes
+    of a parameter are those of the leaf in the tree: a leaf of stacked layers that a scan takes
+    apart counts its leading axis.
+    """
+
+    path: str
+    op: str
+    activation_axes: tuple[int, ...] = ()
+    weight_axes: tuple[int, ...] = ()
+
+
+# What is done at a use of op "dot", "gather" or "name": handler(use, x, w, apply) -> (result,
+# collected). `apply(x, w)` evaluates the operation on the activation and the parameter (None for a
+# name), each in its right place; the result may be that or stand in for it. What is collected is a
+# pytree of arrays, or None.
+Handler = Callable[[Use, Any, Any, Callable[[Any, Any], Any]], tuple[Any, Any]]
+
+
+class Value(NamedTuple):
+    """An array, or its tracer, and where it comes from."""
+
+    data: Any
+    origin: Origin
+
+
+Rule = Callable[["Walk", Any, list[Value]], list[Value]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What tracing alone tells, in the order of first meeting (dicts serve as ordered sets)."""
+
+    uses: dict[Use, None] = field(default_factory=dict)
+    untracked: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One pass over one jaxpr. `found` is what was collected in it so far, by path."""
+
+    rules: Mapping[str, Rule]
+    handler: Handler
+    merge: Callable[[Any, Any], Any]
+    record: Record = field(default_factory=Record)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def inner(self) -> "Walk":
+        """A walk over an inner jaxpr: it collects by itself and shares the record."""
+        return replace(self, found={})
+
+    def run(self, jaxpr: Any, consts: Sequence[Value], args: Sequence[Value]) -> list[Value]:
+        """Evaluate a jaxpr; what its variables are bound to carries an origin, and so do the
+        results.
+        """
+        env: dict[Any, Value] = {}
+        env.update(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Value:
+            return Value(atom.val, CONSTANT) if isinstance(atom, jex.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            rule = self.rules.get(eqn.primitive.name, plain)
+            with eqn.ctx.manager:
+                outs = rule(self, eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def meet(self, use: Use, x: Any, w: Any, apply: Callable[[Any, Any], Any]) -> Any:
+        """Record a use, let the handler act on it, and keep what it collects."""
+        self.record.uses.setdefault(use)
+        out, what = self.handler(use, x, w, apply)
+        self.collect(use.path, what)
+        return out
+
+    def collect(self, path: str, what: Any) -> None:
+        """Keep `what`, merged with what the path already has."""
+        if not jax.tree.leaves(what):
+            return
+        if path in self.found:
+            what = merged(self.merge, path, self.found[path], what)
+        self.found[path] = what
+
+    def escape(self, values: Sequence[Value], rank: int) -> None:
+        """Parameters among `values` enter an operation: up to `rank` an elementwise use, above it
+        untracked.
+        """
+        for value in values:
+            for path in sorted(value.origin.paths):
+                if value.origin.rank <= rank:
+                    self.record.uses.setdefault(Use(path, "elementwise"))
+                else:
+                    self.record.untracked.setdefault(path)
+
+
+def merged(merge: Callable[[Any, Any], Any], path: str, a: Any, b: Any) -> Any:
+    """Two collected pytrees as one, leaf by leaf. Raises InputError if they are not alike."""
+    shapes = [jax.tree.map(np.shape, tree) for tree in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"{path} is used in ways whose statistics differ: {shapes[0]} and {shapes[1]}. "
+            "Collect for one `use.op` only and return None for the others."
+        )
+    return jax.tree.map(merge, a, b)
+
+
+def evaluate(eqn: Any, data: Sequence[Any]) -> list[Any]:
+    """The results of one equation on these operands."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    outs = eqn.primitive.bind(*functions, *data, **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def plain(walk: Walk, eqn: Any, ins: list[Value], rank: int = 1) -> list[Value]:
+    """The rule of an operation without a rule: parameters of at most this rank may meet an
+    activation in it.
+
+    A construct that has a jaxpr inside may hide any use, so no parameter at all may enter it, and
+    the names in it are untracked too.
+    """
+    outs = evaluate(eqn, [v.data for v in ins])
+    for inner in names_inside(eqn):
+        walk.record.untracked.setdefault(inner)
+    if any(v.origin.active for v in ins):
+        hidden = any(True for _ in jex.jaxprs_in_params(eqn.params))
+        walk.escape(ins, -1 if hidden else rank)
+        return [Value(x, ACTIVATION) for x in outs]
+    return [Value(x, derived((v.origin for v in ins), np.shape(x))) for x in outs]
+
+
+def names_inside(eqn: Any) -> list[str]:
+    """Names given to values anywhere inside a construct."""
+    inner = [e for jaxpr in jex.jaxprs_in_params(eqn.params) for e in jaxpr.eqns]
+    own = [e.params["name"] for e in inner if e.primitive.name == "name"]
+    return own + [name for e in inner for name in names_inside(e)]
+
+
+def arrays_of(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves of `tree` that are arrays, and the function that puts others in their place and
+    keeps the rest.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    held = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+
+    def rebuild(arrays: Sequence[Any]) -> Any:
+        it = iter(arrays)
+        return structure.unflatten(
+            [next(it) if h else x for x, h in zip(leaves, held, strict=True)]
+        )
+
+    return [x for x, h in zip(leaves, held, strict=True) if h], rebuild
+
+
+def interpret(
+    f: Callable[..., Any], walk: Walk, params: Any, args: Sequence[Any]
+) -> tuple[Any, dict[str, Any]]:
+    """`f(params, *args)` evaluated by `walk`, and what was collected on the way, by path.
+
+    Leaves of `params` and `args` that are no arrays (a flag, a function kept in a module) stay what
+    they are.
+    """
+    arrays, rebuild = arrays_of((params, tuple(args)))
+    named = dict(zip(leaf_names(params), jax.tree.leaves(params), strict=True))
+    mine = [parameter(name, x.shape) for name, x in named.items() if arrays_of(x)[0]]
+    n_inputs = len(arrays) - len(mine)
+
+    def flat(*xs: Any) -> Any:
+        p, a = rebuild(xs)
+        return f(p, *a)
+
+    closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
+    outside = CONSTANT if n_inputs else ACTIVATION
+    ins = list(map(Value, arrays, [*mine, *[ACTIVATION] * n_inputs]))
+    outs = walk.run(closed.jaxpr, [Value(c, outside) for c in closed.consts], ins)
+    return jax.tree.unflatten(jax.tree.structure(shapes), [v.data for v in outs]), walk.found
