@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameter tree is an ordinary Flax tree: Linen, NNX, optax, orbax and serialization take it unmodified."""
+"""The parameter tree is an ordinary Flax tree: Linen, NNX, optax, orbax and serialization take it
+unmodified.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +103,8 @@ def test_optax_trains_it(params):
             return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
 
         loss, gradient = jax.value_and_grad(loss_of)(params)
-        update, state = optimizer.update(gradient, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
+            update, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, update), state, loss
 
     state, losses = optimizer.init(params), []

@@ -370,6 +370,22 @@ def test_a_name_in_a_construct_that_is_not_walked_is_listed():
     assert untracked(f, {"w": normal(8, 8)}, normal(8, 8)) == ["h", "w"]
 
 
+def test_names_are_found_in_constructs_that_no_parameter_enters():
+    def f(p, x):
+        h = jax.jit(lambda h: jax.nn.relu(checkpoint_name(2 * h, "inside")))(x)
+        return h @ p["w"]
+
+    params, x = {"w": normal(8, 8)}, normal(3, 8)
+    assert observed(f, params, x)["inside"] == 2 * np.abs(x).max()
+
+
+def test_even_a_gain_is_listed_in_a_construct_that_is_not_walked():
+    def f(p, x):
+        return lax.cond(x[0, 0] > 0, lambda: x * p["gain"][None], lambda: x)
+
+    assert untracked(f, {"gain": normal(8)}, normal(3, 8)) == ["gain"]
+
+
 def test_several_uses_are_merged_as_asked():
     def f(p, x):
         return jnp.tanh(x @ p["w"]) @ p["w"]

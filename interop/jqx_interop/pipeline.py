@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -81,6 +81,9 @@ def run(job: Job, out: str | Path, progress: Progress) -> Report:
     """Carry out a prepared job."""
     started = time.monotonic()
     inputs = load_inputs(job)
+    if (data := inputs.calibration) is not None:
+        shape = f"{len(data)} batches, {data.tokens:,} tokens"
+        progress.note(f"calibrating on {data.source}: {shape}")
     plans = plan_shards(job.outputs, parse_size(job.settings.max_shard_size))
     with Workspace(out, job.checkpoint.path) as space:
         records = space.begin(fingerprint(job, inputs), restart=job.settings.restart)
@@ -114,7 +117,7 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         "max_shard_size": parse_size(job.settings.max_shard_size),
         "versions": {name: version(name) for name in ("jqx", "jax", "jaxlib")},
         "device": f"{device.platform} {device.device_kind} {platform.machine()}",
-        "threads": os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(),
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 
 
@@ -141,7 +144,7 @@ def _work(
     by_bytes = inputs.calibration is None
     if by_bytes:
         progress.phase("quantizing", sum(_bytes_of(job, unit) for unit in left))
-    advance = progress.advance if by_bytes else lambda _: None
+    advance = progress.advance if by_bytes else Silent().advance
     with Finisher(job, writer, space.record, advance, max(2, min(4, os.cpu_count() or 2))) as finisher:
         for unit in left:
             stats, extra = source.of_unit(unit)
@@ -155,6 +158,7 @@ def _bytes_of(job: Job, unit: int) -> int:
     return sum(info.end - info.start for info in infos)
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where statistics come from, asked for units in ascending order."""
 
@@ -188,7 +192,7 @@ def _source(job: Job, inputs: Inputs, space: Workspace, progress: Progress) -> S
 
 
 def _hidden_states(job: Job, data: CalibrationSet, space: Workspace) -> HiddenStates:
-    """Room for the hidden states: on the device up to half of `max_memory`, else in files."""
+    """Room for the hidden states: on the device up to `max_memory`, else in files."""
     assert job.spec is not None
     compute = compute_of(job.settings.compute)
     n, tokens = sum(len(batch) for batch in data.batches), data.batches[0].shape[1]
@@ -196,5 +200,5 @@ def _hidden_states(job: Job, data: CalibrationSet, space: Workspace) -> HiddenSt
     rows = -(-n // -(-n // min(rows, n)))
     shape = (n, tokens, job.spec.hidden)
     size = n * tokens * job.spec.hidden * np.dtype(compute.carrier).itemsize
-    spill = size > parse_size(job.settings.max_memory) // 2
+    spill = size > parse_size(job.settings.max_memory)
     return HiddenStates(shape, rows, np.dtype(compute.carrier), space.directory if spill else None)

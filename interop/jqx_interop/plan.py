@@ -67,15 +67,13 @@ class Plan:
         return data
 
 
-def make_plan(job: Job, out: Path | None = None) -> Plan:
-    """Forecast `job`. `out` says whose disk must have room."""
+def make_plan(job: Job, tokens: int = 0, out: Path | None = None) -> Plan:
+    """Forecast `job`, which runs the model on `tokens` tokens. `out` says whose disk must have room."""
     shards = plan_shards(job.outputs, parse_size(job.settings.max_shard_size))
     sizes: dict[str, int] = {}
     for tensor in job.outputs:
         path = tensor.name.rpartition(".")[0]
         sizes[path] = sizes.get(path, 0) + tensor.nbytes
-    runs_model = (job.needs_inputs or job.needs_kv) and job.settings.activations is None
-    tokens = job.settings.calib_size * job.settings.calib_seq if runs_model else 0
     memory, spilled = _memory(job, tokens)
     modules = job.modules
     return Plan(
@@ -113,7 +111,7 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
     kind = job.spec.blocks[0]
     block = _block_parameters(job.spec) * carrier
     hidden = tokens * job.spec.hidden * carrier
-    spilled = hidden if hidden > parse_size(job.settings.max_memory) // 2 else 0
+    spilled = hidden if hidden > parse_size(job.settings.max_memory) else 0
     widths = 6 * job.spec.hidden + 3 * kind.mlp.inner + 4 * kind.attention.heads * kind.attention.head_dim
     rows = max(min(tokens, ROWS_PER_CALL), job.settings.calib_seq)
     return PROCESS + block + hidden - spilled + rows * widths * 4 + encoding, 2 * spilled
@@ -134,7 +132,7 @@ def _seconds(job: Job, tokens: int) -> float:
     """Products at the measured rate, attention at a quarter of it, and weights at the measured encoding rate."""
     choice = next(iter(job.choices.values()))
     w = np.ones((1024, 1024), job.dtype)
-    stats = LinearStats(amax=np.float32(1))
+    stats = LinearStats(amax=jnp.float32(1))
     fmt = find_format(choice.weight or "")
     encoding = _best(lambda: encode_weight(w, fmt, "max", stats))
     numel = sum(math.prod(job.modules[path].shape) for path in job.choices)

@@ -1,15 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run is made: everything a caller may choose besides the model, the destination and the recipe."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-
-from jqx.errors import InputError
-
-UNITS = {"": 1, "B": 1}
-for _i, _letter in enumerate("KMGT", start=1):
-    UNITS |= {f"{_letter}B": 1000**_i, f"{_letter}IB": 1024**_i, _letter: 1024**_i}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,12 +29,3 @@ class Settings:
     options: tuple[tuple[str, str], ...] = ()
     restart: bool = False
 
-
-def parse_size(text: int | str, what: str) -> int:
-    """Bytes of "4GiB" (1024-based), "10GB" (1000-based) or a plain number. Raises InputError naming `what`."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS:
-        raise InputError(f"{what} {text!r} is not a size; write 4GiB, 500MB or a number of bytes")
-    return int(float(match[1]) * UNITS[match[2].upper()])

@@ -4,8 +4,11 @@
 A weight scale that covers a whole tensor may have to reach further, where linears that read the same input share it.
 """
 
+import dataclasses
 from typing import NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from ..formats import Format
@@ -17,8 +20,8 @@ class LinearStats(NamedTuple):
     `input_scale`, if its inputs have a stored one.
     """
 
-    amax: Float32[Array, ""] | None = None
-    input_scale: Float32[Array, ""] | None = None
+    amax: Float32[Array, ""] | np.float32 | None = None
+    input_scale: Float32[Array, ""] | np.float32 | None = None
 
 
 def max_calibrate(w: Float[Array, "n k"], fmt: Format, stats: LinearStats) -> QTensor:
@@ -27,5 +30,6 @@ def max_calibrate(w: Float[Array, "n k"], fmt: Format, stats: LinearStats) -> QT
     Raises InputError if the blocks of `fmt` do not divide the shape.
     """
     whole = fmt.tensor_bound is not None or fmt.block == (None, None)
-    q = QTensor.quantize(w, fmt, stats.amax if whole else None)
-    return q.replace(input_scale=stats.input_scale)
+    amax = jnp.asarray(stats.amax) if whole and stats.amax is not None else None
+    q = QTensor.quantize(w, fmt, amax)
+    return dataclasses.replace(q, input_scale=stats.input_scale)

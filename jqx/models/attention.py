@@ -3,9 +3,10 @@
 
     out = softmax(scale * q kT where 0 <= query - key < window) v
 
-Scores and sums of a softmax are float32; its exponentials are rounded to the compute dtype before they meet the values,
-and the division comes last, as fused attention kernels do. XLA multiplies 2-D matrices on a CPU four times as fast as
-batched ones, hence the two forms; query heads that share keys are stacked as rows of one product.
+Scores and sums of a softmax are float32; its exponentials are rounded to the compute dtype before
+they meet the values, and the division comes last, as fused attention kernels do. XLA multiplies 2-D
+matrices on a CPU four times as fast as batched ones, hence the two forms; query heads that share
+keys are stacked as rows of one product.
 """
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from .layers import Params, linear, module, norm, settle, wide
+from .layers import Params, linear, module, norm, settle
 from .rope import Turns, rotate, turns
 from .spec import Attention, Compute, Names
 
@@ -30,9 +31,11 @@ def self_attention(
     positions: Int[Array, "b t"],
     compute: Compute,
 ) -> Float[Array, "b t k"]:
-    """Attention over the normed input `x`, out-projection included. Keys at negative positions are never seen.
+    """Attention over the normed input `x`, out-projection included. Keys at negative positions are
+    never seen.
 
-    Keys, after they are rotated, and values pass through `checkpoint_name` as [b, kv_heads, t, head_dim].
+    Keys, after they are rotated, and values pass through `checkpoint_name` as [b, kv_heads, t,
+    head_dim].
     """
     by = turns(row.rope, row.head_dim, positions, compute)
     q = _heads(row, names.q, names.q_norm, params, x, compute)

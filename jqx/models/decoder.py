@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder as four functions of its parameters: embed, block (once per layer), head, and their chain, forward.
+"""A decoder as four functions of its parameters: embed, block (once per layer), head, and their
+chain, forward.
 
     h = embed(ids);  h = block(h) for every layer;  logits = head(h)
     block: h = h + attention(norm(h));  h = h + mlp(norm(h))
 
-`params` is the nested dict of the checkpoint's tensors, each bfloat16, float16 or float32. `block_params` is the part of
-it under `block_prefix(spec, i)`. The functions are jitted: every block of one kind runs one compiled program.
-Positions count from 0 in a sequence; a negative one marks padding, which no token sees.
+`params` is the nested dict of the checkpoint's tensors, each bfloat16, float16 or float32.
+`block_params` is the part of it under `block_prefix(spec, i)`. The functions are jitted: every
+block of one kind runs one compiled program. Positions count from 0 in a sequence; a negative one
+marks padding, which no token sees.
 """
 
 from functools import partial
@@ -86,7 +88,8 @@ def project_kv(
 ) -> tuple[Float[Array, "b h t d"], Float[Array, "b h t d"]]:
     """Rotated keys and values of one block from `x`, the normed input of its key and value linears.
 
-    They equal what `block` names `Names.kept_k` and `Names.kept_v`, without running the rest of the block.
+    They equal what `block` names `Names.kept_k` and `Names.kept_v`, without running the rest of the
+    block.
     """
     row = kind.attention
     by = turns(row.rope, row.head_dim, positions, compute)
@@ -100,7 +103,9 @@ def forward(
     compute: Compute = FLOAT32,
     positions: Int[Array, "b t"] | None = None,
 ) -> Float[Array, "b t v"]:
-    """Float32 logits of every token. `positions` counts 0, 1, ... unless given (`positions_of` a padding mask)."""
+    """Float32 logits of every token. `positions` counts 0, 1, ... unless given (`positions_of` a
+    padding mask).
+    """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :], ids.shape)
     h = embed(spec, params, ids, compute)

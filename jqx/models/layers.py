@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations inside a block: linear, norms, activations. Each computes in float32 and ends in `settle`."""
+"""The operations inside a block: linear, norms, activations. Each computes in float32 and ends in
+`settle`.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,7 +28,9 @@ def module(params: Params, name: str) -> Params:
 
 
 def settle(x: Float[Array, "*s"], compute: Compute) -> Float[Array, "*s"]:
-    """End an operation: the float32 result `x` becomes values of the compute dtype in the carrier's arrays."""
+    """End an operation: the float32 result `x` becomes values of the compute dtype in the carrier's
+    arrays.
+    """
     if compute.carrier == compute.dtype:
         return x.astype(compute.carrier)
     return round_to(x, compute.dtype)
@@ -38,7 +42,8 @@ def wide(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 
 def linear(params: Params, x: Float[Array, "*lead k"], compute: Compute) -> Float[Array, "*lead n"]:
-    """x @ weight.T + bias as one 2-D product; `weight` is [n, k] as on disk (measured: a transposed copy is no faster).
+    """x @ weight.T + bias as one 2-D product; `weight` is [n, k] as on disk (measured: a transposed
+    copy is no faster).
 
     The bias, if `params` has one, is added before the result is rounded.
     """
@@ -64,7 +69,7 @@ def norm(
 
 
 def _rms(params: Params, x: Array, eps: float, compute: Compute) -> Array:
-    # Rounded twice: the normalised values become values of the compute dtype before the weight meets them.
+    # Rounded twice: the normalised values are of the compute dtype before the weight meets them.
     weight = _along_last(wide(params["weight"]), x)
     return settle(weight * wide(settle(_normalised(x, eps), compute)), compute)
 
@@ -97,7 +102,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
 }
-"""The names config files use -> elementwise function in float32. "gelu" is the exact one, by erf."""
+"""The names config files use -> elementwise function in float32. "gelu" is the exact one, by erf.
+"""
 
 
 def activate(name: str, x: Float[Array, "*s"], compute: Compute) -> Float[Array, "*s"]:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model's parameters lie: tensor names, shapes and order, which linears a block has, which share an input.
+"""Where a model's parameters lie: tensor names, shapes and order, which linears a block has, which
+share an input.
 
-Order is always that of the modules (layer 2 before layer 10), as a checkpoint lists them, never that of a sorted tree.
+Order is always that of the modules (layer 2 before layer 10), as a checkpoint lists them, never
+that of a sorted tree.
 """
 
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ def block_prefix(spec: ModelSpec, i: int) -> str:
 def param_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Name and shape of every parameter, in module order. A tied model has no head of its own."""
     names = spec.names
-    shapes = {f"{names.embed}.weight": (spec.vocab, spec.hidden)}
+    shapes: dict[str, Shape] = {f"{names.embed}.weight": (spec.vocab, spec.hidden)}
     for i, kind in enumerate(spec.blocks):
         prefix = block_prefix(spec, i)
         shapes |= {f"{prefix}.{name}": shape for name, shape in block_shapes(spec, kind).items()}
@@ -65,7 +67,9 @@ def _linear(name: str, n: int, k: int, bias: bool) -> dict[str, Shape]:
 
 
 def input_groups(spec: ModelSpec, kind: BlockKind) -> tuple[tuple[str, ...], ...]:
-    """The linears of a block in module order, those that read the same input together; names relative to the block."""
+    """The linears of a block in module order, those that read the same input together; names
+    relative to the block.
+    """
     names = spec.names
     return ((names.q, names.k, names.v), (names.out,), (names.gate, names.up), (names.down,))
 
@@ -78,7 +82,8 @@ def linears(spec: ModelSpec, kind: BlockKind) -> tuple[str, ...]:
 def is_ignored(spec: ModelSpec, name: str) -> bool:
     """Whether a checkpoint may hold the tensor `name` although it is no parameter.
 
-    True for buffers that old checkpoints keep, and for the copy of the embedding some tied models ship as a head.
+    True for buffers that old checkpoints keep, and for the copy of the embedding some tied models
+    ship as a head.
     """
     if spec.tied and name == f"{spec.names.head}.weight":
         return True

@@ -15,9 +15,11 @@ from .spec import FLOAT32, Compute, ModelSpec
 
 
 class CausalLM(nn.Module):
-    """`apply({"params": tree}, ids)` gives float32 logits; the tree is the checkpoint's, unmodified.
+    """`apply({"params": tree}, ids)` gives float32 logits; the tree is the checkpoint's,
+    unmodified.
 
-    `init(key, ids)` draws a fresh float32 tree: normal weights, zero biases, norms that change nothing.
+    `init(key, ids)` draws a fresh float32 tree: normal weights, zero biases, norms that change
+    nothing.
     """
 
     spec: ModelSpec
@@ -35,7 +37,7 @@ class CausalLM(nn.Module):
 
 def init_params(spec: ModelSpec, key: Key[Array, ""]) -> dict[str, Any]:
     """A fresh float32 parameter tree: what `CausalLM(spec).init` draws, without a batch."""
-    return CausalLM(spec).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return dict(CausalLM(spec).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
 def _draw(key: Key[Array, ""], spec: ModelSpec, root: str) -> Any:

@@ -31,7 +31,7 @@ def turns(rope: Rope, head_dim: int, positions: Int[Array, "b t"], compute: Comp
         angles = position.astype(jnp.float32) * frequencies
         return settle(jnp.cos(angles), compute), settle(jnp.sin(angles), compute)
 
-    # In a loop, or XLA on a CPU fuses the cosines into the rotation and computes them anew for every head.
+    # In a loop, or XLA:CPU fuses the cosines into the rotation and computes them for every head.
     rows = _ROWS if compute.attention == "chunks" else positions.size
     turned = lax.map(at, positions.reshape(-1), batch_size=rows)
     cos, sin = (a.reshape(positions.shape[0], 1, positions.shape[1], -1) for a in turned)

@@ -5,8 +5,9 @@
     BlockKind  = Attention + Mlp + Norm: everything the program of one block depends on
     Compute    = the arithmetic a program is run in
 
-A field whose values are words is the key of a table of functions (`NORMS`, `ACTIVATIONS` in layers.py, `SCALINGS` in
-rope.py), so a new choice is a new entry there. Layers that differ (windows, widths) have different kinds.
+A field whose values are words is the key of a table of functions (`NORMS`, `ACTIVATIONS` in
+layers.py, `SCALINGS` in rope.py), so a new choice is a new entry there. Layers that differ
+(windows, widths) have different kinds.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rope:
-    """Rotary positions: pairs (i, i + d/2) of a head rotate by position * theta^(-2i/d), scaled as `scaling` says.
+    """Rotary positions: pairs (i, i + d/2) of a head rotate by position * theta^(-2i/d), scaled as
+    `scaling` says.
 
     `trained_length` is the context the frequencies were trained for, where a scaling refers to one.
     """
@@ -42,8 +44,8 @@ class Norm:
 class Attention:
     """Causal self-attention; query head i reads key/value head i // (heads / kv_heads).
 
-    A query sees the keys at distances 0 .. window - 1 (`None`: all earlier ones). Scores are multiplied by `scale`.
-    `qk_norm` normalises queries and keys over head_dim before they rotate.
+    A query sees the keys at distances 0 .. window - 1 (`None`: all earlier ones). Scores are
+    multiplied by `scale`. `qk_norm` normalises queries and keys over head_dim before they rotate.
     """
 
     heads: int
@@ -68,7 +70,9 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockKind:
-    """All that the program of one block depends on: blocks of equal kind share one compiled program."""
+    """All that the program of one block depends on: blocks of equal kind share one compiled
+    program.
+    """
 
     attention: Attention
     mlp: Mlp
@@ -96,16 +100,16 @@ class Names:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
-    buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # globs of tensors that hold no parameter
+    buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # globs: tensors that are no parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """A decoder-only language model. Hashable, so it is a static argument of jitted functions.
 
-    `blocks` has one kind per layer, in order. With `tied`, the embedding is also the head and there is no head tensor.
-    `embedding_scale` multiplies embeddings after it is rounded to the dtype of the embedding weight.
-    `init_range` is the standard deviation of freshly drawn weights.
+    `blocks` has one kind per layer, in order. With `tied`, the embedding is also the head and there
+    is no head tensor. `embedding_scale` multiplies embeddings after it is rounded to the dtype of
+    the embedding weight. `init_range` is the standard deviation of freshly drawn weights.
     """
 
     family: str
@@ -123,9 +127,10 @@ class ModelSpec:
 class Compute:
     """The arithmetic: every operation accumulates in float32, and its result is a value of `dtype`.
 
-    `carrier` is the dtype of the arrays that hold those values. A float32 carrier of bfloat16 values is rounded after
-    every operation (CPUs multiply float32 matrices fastest); a bfloat16 carrier is the accelerators' own.
-    `attention` is "chunks" (2-D products per key/value head and 128 queries, for CPUs) or "batched" (for accelerators).
+    `carrier` is the dtype of the arrays that hold those values. A float32 carrier of bfloat16
+    values is rounded after every operation (CPUs multiply float32 matrices fastest); a bfloat16
+    carrier is the accelerators' own. `attention` is "chunks" (2-D products per key/value head and
+    128 queries, for CPUs) or "batched" (for accelerators).
     """
 
     dtype: jnp.dtype = jnp.dtype("float32")
@@ -134,7 +139,9 @@ class Compute:
 
     @property
     def precision(self) -> jax.lax.Precision:
-        """Matrix products of float32 are exact products on every device; those of bfloat16 always are."""
+        """Matrix products of float32 are exact products on every device; those of bfloat16 always
+        are.
+        """
         exact = self.carrier == jnp.dtype("float32")
         return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits of tiny random models by transformers: `python tests/golden/make_models.py` writes models.npz beside this file.
+"""Logits of tiny random models by transformers: `python tests/golden/make_models.py` writes
+models.npz beside this file.
 
-Made with torch 2.13.0 (CPU) and transformers 5.14.1. Weights are drawn by name, so both sides can make them.
+Made with torch 2.13.0 (CPU) and transformers 5.14.1. Weights are drawn by name, so both sides can
+make them.
 """
 
 import zlib
@@ -98,7 +100,9 @@ PADDING = (7, 0)  # left padding of the two rows in the padded run of every case
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 tensor called `name`: values of bfloat16, so that both precisions run the same model."""
+    """The float32 tensor called `name`: values of bfloat16, so that both precisions run the same
+    model.
+    """
     drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
     centre = 1.0 if len(shape) == 1 and name.endswith("norm.weight") else 0.0
     std = 0.2 if len(shape) == 1 else 1.5 / np.sqrt(shape[-1])

@@ -39,6 +39,7 @@ class Workspace:
         self.files = self.directory / "files"
         self._journal: Journal | None = None
         self._lock = -1
+        self._complete = False
         _check_apart(self.out, model)
         occupied = _occupied(self.out)
         if occupied and not self.directory.exists():
@@ -46,9 +47,7 @@ class Workspace:
         self._acquire()
         occupied = _occupied(self.out)  # another run may have ended while this one came to the lock
         if occupied:
-            if not self.files.exists():  # what a run leaves that is killed after its rename
-                self._remove()
-            self.close()
+            self.close()  # which removes what a run leaves that is killed after its rename
             raise InputError(one_line(occupied))
 
     def __enter__(self) -> "Workspace":
@@ -89,6 +88,7 @@ class Workspace:
 
         Raises InputError if something has taken the place of `out` meanwhile; the work stays.
         """
+        self._complete = True  # from here on the files are worth keeping, recorded or not
         for folder, _, names in os.walk(self.files):
             for name in names:
                 _sync_file(os.path.join(folder, name))
@@ -101,7 +101,7 @@ class Workspace:
             ) from error
         sync_directory(self.out.parent)
         sync_directory(self.directory)
-        self._remove()
+        self._complete = False
         self.close()
         return self.out
 
@@ -111,10 +111,10 @@ class Workspace:
             return
         if self._journal is not None:
             self._journal.close()
-            recorded = len(self._journal.records) > 1
+            recorded = len(self._journal.records) > 1 or self._complete
         else:
             recorded = self.files.exists()
-        if not recorded and self.directory.exists():
+        if not recorded or not self.files.exists():
             self._remove()
         os.close(self._lock)
         self._lock = -1

@@ -4,7 +4,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,6 +20,7 @@ class Bars:
     """A `Progress` on standard error with the time left, one bar a phase."""
 
     def __init__(self, quiet: bool = False) -> None:
+        """`quiet` shows nothing."""
         self._quiet = quiet
         self._task: TaskID | None = None
         self._bars = Progress(
@@ -33,22 +34,24 @@ class Bars:
             disable=quiet,
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bars":
+        """Show the bars."""
         self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Leave the bars as they are."""
         self._bars.stop()
 
-    def phase(self, title: str, total: float) -> None:
+    def phase(self, title: str, total: float | int) -> None:
         """Close the last bar and open another."""
         if self._task is not None:
             self._bars.update(self._task, completed=self._bars.tasks[-1].total)
         self._task = self._bars.add_task(title, total=total)
 
-    def advance(self, amount: float) -> None:
+    def advance(self, amount: float | int) -> None:
         """Move the present bar."""
         if self._task is not None:
             self._bars.advance(self._task, amount)

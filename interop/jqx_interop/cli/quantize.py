@@ -61,7 +61,7 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time; 0 chooses.", rich_help_panel=HOW)] = 0,
     max_memory: Annotated[
-        str, typer.Option(help="Above half of it hidden states go to disk.", rich_help_panel=HOW)
+        str, typer.Option(help="Hidden states larger than this go to disk.", rich_help_panel=HOW)
     ] = "4GiB",
     max_shard_size: Annotated[str, typer.Option(help="Largest file.", rich_help_panel=HOW)] = "10GB",
     compute: Annotated[str, typer.Option(help="auto, float32 or bf16.", rich_help_panel=HOW)] = "auto",
@@ -99,8 +99,8 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
     )
     job = prepare(model, read_recipe(recipe) if recipe else qformat, settings)
     if plan:
-        load_inputs(job)
-        _show_plan(make_plan(job, destination), as_json)
+        data = load_inputs(job).calibration
+        _show_plan(make_plan(job, data.tokens if data else 0, destination), as_json)
         return
     assert destination is not None
     _announce(job, as_json)
@@ -141,7 +141,7 @@ def _show_plan(plan: "Plan", as_json: bool) -> None:
         ("source", size(plan.source_bytes)),
         ("output", f"{size(plan.output_bytes)} in {plan.files} file{'s' * (plan.files > 1)}"),
         ("free on that disk", size(plan.free_bytes)),
-        ("calibration", f"{plan.tokens:,} tokens at most" if plan.tokens else "no model is run"),
+        ("calibration", f"{plan.tokens:,} tokens" if plan.tokens else "no model is run"),
         ("peak memory", f"about {size(plan.peak_memory_bytes)}"),
         ("hidden states on disk", size(plan.spilled_bytes) if plan.spilled_bytes else "none"),
         ("time", f"about {duration(plan.seconds)}"),

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a family row says: how a config.json of one model_type is read, and what it fixes without being asked."""
+"""What a family row says: how a config.json of one model_type is read, and what it fixes without
+being asked.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,11 +20,13 @@ def _frozen(**pairs: Any) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One model_type. Meanings are the keys of `DEFAULTS`; all rows share them and the tensor names of `Names`.
+    """One model_type. Meanings are the keys of `DEFAULTS`; all rows share them and the tensor names
+    of `Names`.
 
-    `keys` renames a meaning to the config keys that carry it here, the first non-null one wins; `defaults` are values of
-    absent keys. `windows` is a key of WINDOWS: which layers slide. `activations` replaces what a config file says by what
-    the weights were trained with. `embedding_scale` is a key of EMBEDDING_SCALES.
+    `keys` renames a meaning to the config keys that carry it here, the first non-null one wins;
+    `defaults` are values of absent keys. `windows` is a key of WINDOWS: which layers slide.
+    `activations` replaces what a config file says by what the weights were trained with.
+    `embedding_scale` is a key of EMBEDDING_SCALES.
     """
 
     model_type: str
@@ -55,7 +59,9 @@ DEFAULTS: Mapping[str, Any] = _frozen(
     max_window_layers=28,
     layer_types=None,
 )
-"""Values of keys a config file may leave out, where the row says nothing else. A null means None only where None stands here."""
+"""Values of keys a config file may leave out, where the row says nothing else. A null means None
+only where None stands here.
+"""
 
 REQUIRED = (
     "vocab_size",
@@ -104,4 +110,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = _frozen(
     use_sliding_window=(None, False),
     vision_config=(None,),
 )
-"""Keys that change the arithmetic of some family, and the values that do not. A row that does not read a key refuses others."""
+"""Keys that change the arithmetic of some family, and the values that do not. A row that does not
+read a key refuses others.
+"""

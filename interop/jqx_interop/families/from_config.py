@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A config.json, as a dict, becomes a ModelSpec. What the family does not understand is refused by name."""
+"""A config.json, as a dict, becomes a ModelSpec. What the family does not understand is refused by
+name.
+"""
 
 import difflib
 import math
@@ -30,8 +32,8 @@ EMBEDDING_SCALES: Mapping[str, Callable[[Reader], float | None]] = MappingProxyT
 def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     """The model a config.json describes, in the layout of transformers 5 or of earlier versions.
 
-    Raises InputError for an unknown model_type, missing keys, numbers that do not fit together, and options that would
-    change the arithmetic but are not supported here.
+    Raises InputError for an unknown model_type, missing keys, numbers that do not fit together, and
+    options that would change the arithmetic but are not supported here.
     """
     row = _row(config)
     read, windows = Reader(row, config), WINDOWS[row.windows]
@@ -82,7 +84,8 @@ def _attention(read: Reader, norm: Norm) -> Attention:
     head_dim = read("head_dim") or hidden // heads
     if head_dim % 2 or (read("head_dim") is None and hidden % heads):
         raise InputError(
-            f"hidden_size = {hidden} and num_attention_heads = {heads} give no even head_dim; config needs head_dim"
+            f"hidden_size = {hidden} and num_attention_heads = {heads} give no even head_dim; "
+            "the config needs head_dim"
         )
     return Attention(
         heads=heads,

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading one config with one family row: names and defaults resolved, what is missing or not understood named."""
+"""Reading one config with one family row: names and defaults resolved, what is missing or not
+understood named.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +14,17 @@ from .family import DEFAULTS, NEUTRAL, REQUIRED, Family, Flag
 
 @dataclass(frozen=True)
 class Reader:
-    """`reader(meaning)` is the value of a config key under the names, defaults and nulls the family gives it."""
+    """`reader(meaning)` is the value of a config key under the names, defaults and nulls the family
+    gives it.
+    """
 
     row: Family
     config: Mapping[str, Any]
 
     def __call__(self, meaning: str) -> Any:
-        """The value of `meaning`; an absent key has its default, and so has a null where None means nothing."""
+        """The value of `meaning`; an absent key has its default, and so has a null where None means
+        nothing.
+        """
         present = [key for key in self._keys(meaning) if key in self.config]
         for key in present:
             if self.config[key] is not None:
@@ -45,7 +51,9 @@ class Reader:
             raise InputError(f"config needs positive integers, but has {named}")
 
     def refuse_unread(self, read: tuple[str, ...]) -> None:
-        """Raise InputError for options that change the arithmetic of some family and that this one does not read."""
+        """Raise InputError for options that change the arithmetic of some family and that this one
+        does not read.
+        """
         known = {key for meaning in (*REQUIRED, *read) for key in self._keys(meaning)}
         for key, neutral in NEUTRAL.items():
             value = self.config.get(key)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary parameters from a config: `rope_parameters`, or the older `rope_theta` beside `rope_scaling`."""
+"""Rotary parameters from a config: `rope_parameters`, or the older `rope_theta` beside
+`rope_scaling`.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -18,9 +20,11 @@ _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 def rope_from_config(config: Mapping[str, Any], theta: float, context: int) -> Rope:
-    """The rotary row of `config`. `theta` and `context` (max_position_embeddings) hold where the parameters are silent.
+    """The rotary row of `config`. `theta` and `context` (max_position_embeddings) hold where the
+    parameters are silent.
 
-    Raises InputError for a rope_type that is not defined here, a missing parameter, or one that would be ignored.
+    Raises InputError for a rope_type that is not defined here, a missing parameter, or one that
+    would be ignored.
     """
     where = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     given = config.get(where) or {}
@@ -53,5 +57,6 @@ def _check_parameters(where: str, given: Mapping[str, Any], kind: str) -> None:
         raise InputError(f"{where} with rope_type {kind!r} has no use for {names}")
     if given.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise InputError(
-            f"{where} asks for partial_rotary_factor {given['partial_rotary_factor']}; only 1.0 is supported"
+            f"{where} asks for partial_rotary_factor {given['partial_rotary_factor']}; "
+            "only 1.0 is supported"
         )

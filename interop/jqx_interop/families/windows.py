@@ -14,7 +14,9 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class Windows:
-    """`of_layers` gives every layer's window (None: full attention) from the config keys in `reads`."""
+    """`of_layers` gives every layer's window (None: full attention) from the config keys in
+    `reads`.
+    """
 
     of_layers: Callable[[Reader], tuple[int | None, ...]]
     reads: tuple[str, ...] = ()
@@ -29,7 +31,9 @@ def _every_layer(read: Reader) -> tuple[int | None, ...]:
 
 
 def _from_max_window_layers(read: Reader) -> tuple[int | None, ...]:
-    """`layer_types` decides if given, else layers from max_window_layers on slide, if windows are used at all."""
+    """`layer_types` decides if given, else layers from max_window_layers on slide, if windows are
+    used at all.
+    """
     layers = read("num_hidden_layers")
     window = read("sliding_window") if read("use_sliding_window") else None
     types = read("layer_types")
@@ -39,11 +43,13 @@ def _from_max_window_layers(read: Reader) -> tuple[int | None, ...]:
     if unknown or len(types) != layers:
         known = ", ".join(LAYER_TYPES)
         raise InputError(
-            f"layer_types has {len(types)} entries for {layers} layers, among them {sorted(set(types))}; known: {known}"
+            f"layer_types has {len(types)} entries for {layers} layers, "
+            f"among them {sorted(set(types))}; known: {known}"
         )
     if window is None and "sliding_attention" in types:
         raise InputError(
-            "layer_types asks for sliding_attention, but use_sliding_window and sliding_window give no window"
+            "layer_types asks for sliding_attention, "
+            "but use_sliding_window and sliding_window give no window"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
