@@ -53,11 +53,11 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def weights(shapes: dict[str, tuple[int, ...]], seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and value of every tensor: Student's t in matrices, ones and some sixteens in norms."""
+    """Name and value of every tensor: Student's t in matrices, ones and some fours in norms."""
     rng = np.random.default_rng(seed)
     for name, shape in shapes.items():
         if len(shape) == 1:
-            w = np.where(rng.random(shape) < 0.02, 16.0, 1.0)
+            w = np.where(rng.random(shape) < 0.03, 4.0, 1.0)
         else:
             freedom = rng.uniform(4, 30)  # the fewer, the heavier the tails
             w = rng.standard_t(freedom, shape) / np.sqrt(shape[1] * freedom / (freedom - 2))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is quantized to what: an ordered tuple of rules, resolved field by field, the last match wins.
+"""What is quantized to what: an ordered tuple of rules, resolved field by field, the last match
+wins.
 
-A rule's glob is matched (fnmatch, case matters) against the path of a weight, `model.layers.3.mlp.up_proj.weight`,
-or of an attention, `model.layers.3.self_attn`. Each field of a rule is a format name, None (leave it alone) or
-KEEP (what an earlier rule said).
+A rule's glob is matched (fnmatch, case matters) against the path of a weight,
+`model.layers.3.mlp.up_proj.weight`, or of an attention, `model.layers.3.self_attn`. Each field of a
+rule is a format name, None (leave it alone) or KEEP (what an earlier rule said).
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
-    """Ordered rules and the algorithm that chooses the scales; `algorithm` None collects nothing."""
+    """Ordered rules, and the algorithm that chooses the scales; None collects nothing."""
 
     rules: tuple[Rule, ...]
     algorithm: str | None = "max"
@@ -66,8 +67,8 @@ class Choice:
 class InputFormat:
     """How the input of a linear is quantized when the model runs.
 
-    `bound`: what input_amax is divided by to give input_scale; None where the engine finds the scale itself.
-    `code_max`: the largest code where blocks have scales of their own.
+    `bound`: what input_amax is divided by to give input_scale; None where the engine finds the
+    scale itself. `code_max`: the largest code where blocks have scales of their own.
     """
 
     name: str

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception that means: what was given is wrong, and the message says what and how to go on."""
-
+"""The one exception that means: what was given is wrong, and the message says what and how to go
+on.
+"""
 
 import difflib
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Input that cannot be used. The message is one line for a person: the thing, the numbers, the way out."""
+    """Input that cannot be used. The message is one line for a person: the thing, the numbers, the
+    way out.
+    """
 
 
 def nearest(name: str, known: Iterable[str], what: str) -> InputError:

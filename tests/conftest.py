@@ -14,7 +14,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The directory with real exports of the reference tool; tests that need it are skipped without it."""
+    """The directory with real exports of the reference tool; tests that need it are skipped without
+    it.
+    """
     if not (SHARED / "golden").is_dir():
         pytest.skip("no ../shared here")
     return SHARED

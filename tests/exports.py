@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "llama_f16": _LLAMA | {"dtype": "float16"},
     "llama_f32": _LLAMA | {"dtype": "float32"},
+    "wide": _LLAMA | {"hidden_size": 160, "num_hidden_layers": 1, "num_key_value_heads": 4},
     "qwen2": _LLAMA
     | {
         "model_type": "qwen2",
@@ -88,6 +89,11 @@ class Export:
     def key(self) -> str:
         return "-".join((self.model, self.recipe, self.kv, self.shard))
 
+    @property
+    def detailed(self) -> bool:
+        """Whether single tensors are kept."""
+        return self.model == "llama" or (self.model != "qwen2" and self.recipe == "fp8")
+
 
 KV = (
     *(("fp8", kv) for kv in ("fp8", "fp8_affine", "fp8_cast")),
@@ -95,10 +101,11 @@ KV = (
     ("int8_weight_only", "fp8"),
     ("mxfp8", "fp8_cast"),
 )
-FEW = ("fp8", "int8_weight_only", "int4_blockwise_weight_only", "nvfp4", "mxfp4", "mxfp8")
+FEW = ("fp8", "int8_weight_only", "int4_blockwise_weight_only", "w4a16_nvfp4", "mxfp4", "mxfp8")
 QWEN2 = ("fp8_per_channel_per_token", "w4a16_nvfp4", "mxfp4", "w4a8_mxfp4_fp8", "mxfp8")
+BLOCKS = "fp8_2d_blockwise_weight_only"  # the reference tool stores a matrix of one block as if it had none
 EXPORTS = (
-    *(Export(model="llama", recipe=recipe) for recipe in CONFIGS),
+    *(Export(model="wide" if recipe == BLOCKS else "llama", recipe=recipe) for recipe in CONFIGS),
     *(Export(model="llama", recipe=recipe, kv=kv) for recipe, kv in KV),
     Export(model="llama", recipe="fp8", kv="fp8", shard="60KB"),
     *(Export(model=model, recipe=recipe) for model in ("llama_f16", "llama_f32") for recipe in FEW),
@@ -157,7 +164,7 @@ def tensors(model: str) -> dict[str, np.ndarray]:
 
 def token_ids(model: str) -> np.ndarray:
     """Calibration ids [batches, batch, length]."""
-    name = model.partition("_")[0]
+    name = "qwen2" if model == "qwen2" else "llama"
     return np.random.RandomState(1).randint(0, MODELS[model]["vocab_size"], BATCHES[name]).astype(np.int64)
 
 

@@ -86,7 +86,7 @@ def test_every_recipe_has_an_export():
 
 
 FROM_RECORDED = [row for row in EXPORTS if row.model in exports.BATCHES]
-DATA_FREE = [row for row in EXPORTS if row.model not in exports.BATCHES and row.recipe not in ("fp8", "nvfp4")]
+DATA_FREE = [row for row in EXPORTS if row.model not in exports.BATCHES and row.recipe != "fp8"]
 
 
 @pytest.mark.parametrize("row", FROM_RECORDED + DATA_FREE, ids=lambda row: row.key)
@@ -113,13 +113,14 @@ def steps_apart(out: Path, row: Export) -> np.ndarray:
 IDS = [
     *(Export(model="llama", recipe=recipe) for recipe in ("fp8", "int8", "nvfp4", "w4a8_nvfp4_fp8")),
     *(Export(model="llama", recipe="fp8", kv=kv) for kv in ("fp8", "fp8_affine")),
+    *(Export(model=model, recipe="fp8") for model in ("llama_f16", "llama_f32")),
 ]
 
 
 @pytest.mark.parametrize("row", IDS, ids=lambda row: row.key)
 def test_from_token_ids_only_scales_of_activations_move(root: Path, tmp_path: Path, row: Export):
     near = {}
-    for compute in ("float32", "bf16"):
+    for compute in ("float32", "bf16") if row.model == "llama" else ("float32",):
         out = tmp_path / compute
         ji.ptq(
             *(root / row.model, out, row.recipe),
@@ -130,15 +131,7 @@ def test_from_token_ids_only_scales_of_activations_move(root: Path, tmp_path: Pa
         near[compute] = steps_apart(out, row)
         assert np.median(near[compute]) <= 1
         assert near[compute].max() <= 6
-    assert near["bf16"].sum() <= near["float32"].sum()
-
-
-@pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
-@pytest.mark.parametrize("model", ["llama_f16", "llama_f32"])
-def test_models_in_other_dtypes(root: Path, tmp_path: Path, model: str, recipe: str):
-    shutil.copy(root / "llama-ids.npy", root / f"{model}-ids.npy")
-    quantized(root, tmp_path / "out", Export(model=model, recipe=recipe))
-    check_descriptions(tmp_path / "out", Export(model=model, recipe=recipe))
+    assert near.get("bf16", near["float32"]).sum() <= near["float32"].sum()
 
 
 # --- what must not change a byte
@@ -243,7 +236,7 @@ def stranger(root: Path, tmp_path_factory) -> Path:
 
 
 STRANGE = [
-    *(Export(model="llama", recipe=recipe) for recipe in exports.CONFIGS),
+    *(Export(model="llama", recipe=recipe) for recipe in exports.CONFIGS if recipe != exports.BLOCKS),
     Export(model="llama", recipe="fp8", kv="fp8_cast"),
     Export(model="llama", recipe="nvfp4", kv="nvfp4_cast"),
 ]

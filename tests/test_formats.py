@@ -102,6 +102,22 @@ def test_stored_bits_of_any_float32(w):
         check(RUN(w, fmt), reference.encode(w, name), name)
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_powers_of_two_are_rounded_logarithms(name):
+    bound = reference.BOUND[reference.ROWS[name][0]]
+    ulps = np.float32(1) + np.arange(40, dtype=np.float32) * np.float32(2.0**-23)
+    amax = np.ldexp(ulps[None] * np.float32(bound), np.arange(-110, 110)[:, None]).astype(
+        np.float32
+    )
+    w = np.zeros((amax.size, 32), np.float32)
+    w[:, 3] = amax.reshape(-1)
+    defined = [reference.exponent(a, bound) + 127 for a in amax.reshape(-1)]
+    scale = np.asarray(RUN(w, FORMATS[name]).scale)[:, 0]
+    np.testing.assert_array_equal(scale, defined)
+    assert (scale.reshape(amax.shape)[:, 1] > scale.reshape(amax.shape)[:, 0]).any()
+    assert (scale.reshape(amax.shape)[:, 1] == scale.reshape(amax.shape)[:, 0]).any()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_decoded_values_follow_the_definition(name):
     w, fmt = weight(), FORMATS[name]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disk and other frameworks: Hugging Face checkpoints in and out, the streaming pipeline, the command line."""
+"""Disk and other frameworks: Hugging Face checkpoints in and out, the streaming pipeline, the
+command line.
+"""
 
 from .compare import compare_checkpoints as compare_checkpoints
 from .inspect import inspect_checkpoint as inspect_checkpoint

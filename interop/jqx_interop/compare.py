@@ -20,8 +20,8 @@ DESCRIPTIONS = ("config.json", "hf_quant_config.json", "generation_config.json")
 class Difference:
     """One tensor or description. `verdict` is "equal", "differs", "only in A" or "only in B".
 
-    `different`: stored values that differ; `values`: how many there are; `largest`: the largest absolute difference of
-    numbers (None for codes and for other shapes).
+    `different`: stored values that differ; `values`: how many there are; `largest`: the largest
+    absolute difference of numbers (None for codes and for other shapes).
     """
 
     name: str

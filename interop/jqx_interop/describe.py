@@ -10,7 +10,9 @@ from .targets import TARGETS
 
 
 def write_descriptions(job: Job, folder: Path) -> None:
-    """Write config.json, the source's with `quantization_config` added last, and hf_quant_config.json."""
+    """Write config.json, the source's with `quantization_config` added last, and
+    hf_quant_config.json.
+    """
     target = TARGETS[job.settings.target]
     described = (job.choices, job.unquantized, job.kv)
     config = {k: v for k, v in job.checkpoint.config.items() if k != "quantization_config"}

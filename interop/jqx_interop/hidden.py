@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hidden states between two blocks: on the device while they fit, otherwise in memory-mapped files.
+"""The hidden states between two blocks: on the device while they fit, otherwise in memory-mapped
+files.
 
-On disk there are two files that take turns: block i reads one and writes the other, so a run that is killed finds the
-states before the block it was at, whole, with the digest the journal recorded.
+On disk there are two files that take turns: block i reads one and writes the other, so a run that
+is killed finds the states before the block it was at, whole, with the digest the journal recorded.
 """
 
 import hashlib
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .checkpoints import allocate
+
 FILES = ("hidden-0.bin", "hidden-1.bin")
 
 
@@ -22,7 +25,9 @@ class HiddenStates:
     `folder`: where the files lie; None keeps everything on the device.
     """
 
-    def __init__(self, shape: tuple[int, int, int], rows: int, dtype: np.dtype, folder: Path | None):
+    def __init__(
+        self, shape: tuple[int, int, int], rows: int, dtype: np.dtype, folder: Path | None
+    ):
         """`shape`: all states [n, tokens, hidden], taken `rows` at a time."""
         n, tokens, width = shape
         self.rows = rows
@@ -56,7 +61,9 @@ class HiddenStates:
             self._arrays[i] = None
 
     def turn(self) -> str | None:
-        """The present block is done: its results become the next one's input. Returns the digest of the files."""
+        """The present block is done: its results become the next one's input. Returns the digest of
+        the files.
+        """
         self.block += 1
         if self._folder is None:
             return None
@@ -81,7 +88,8 @@ class HiddenStates:
         assert self._folder is not None
         path = self._folder / FILES[turn % 2]
         if mode == "r+" and (not path.exists() or path.stat().st_size != self._bytes):
-            mode = "w+"
+            with open(path, "wb") as file:  # a mapping that meets a full disk kills the process
+                allocate(file.fileno(), self._bytes)
         return np.memmap(path, self._dtype, mode, shape=self._shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def _digest(self, states: np.memmap) -> str:

@@ -24,7 +24,9 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection:
-    """`facts`: name -> value for people; `quantization`: algorithm, KV cache and ignored modules, or None."""
+    """`facts`: name -> value for people; `quantization`: algorithm, KV cache and ignored modules,
+    or None.
+    """
 
     path: str
     facts: dict[str, Any]
@@ -36,7 +38,8 @@ class Inspection:
         """Plain JSON values."""
         data = asdict(self)
         data["tensors"] = [
-            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "file": t.file.name} for t in self.tensors
+            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "file": t.file.name}
+            for t in self.tensors
         ]
         return data
 

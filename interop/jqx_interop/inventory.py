@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint consists of: its modules in order, which of them read the same input, and the units of work.
+"""What a checkpoint consists of: its modules in order, which of them read the same input, and the
+units of work.
 
-For an architecture jqx defines, order and siblings come from its `ModelSpec`. For any other the checkpoint itself
-says enough: linears are two-dimensional floating-point weights that are not embeddings, siblings go by name.
+For an architecture jqx defines, order and siblings come from its `ModelSpec`. For any other the
+checkpoint itself says enough: linears are two-dimensional floating-point weights that are not
+embeddings, siblings go by name.
 """
 
 import re
@@ -19,6 +21,14 @@ EMBEDDINGS = re.compile(
     r"(^|\.)(embed_tokens\w*|wte|wpe|word_embeddings?|tok_embeddings|embed_in|embed_positions"
     r"|position_embeddings|token_type_embeddings|shared|embed)$"
 )
+# Embeddings that transformers 5.14 builds from a class of its own: ModelOpt gives those no
+# quantizer, so it never lists them among the modules it left alone.
+SCALED_EMBEDDINGS = frozenset(
+    ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text")
+    + ("vaultgemma", "minicpm3", "biogpt", "xglm", "t5gemma2", "diffusion_gemma")
+)
+OWN_POSITIONS = re.compile(r"(^|\.)embed_positions$")
+HEADS = ("lm_head.", "embed_out.", "output.", "transformer.output_layer.")
 SIBLINGS = (
     re.compile(r"(?P<parent>.*\.)?(q_proj|k_proj|v_proj)"),
     re.compile(r"(?P<parent>.*\.)?(gate_proj|up_proj)"),
@@ -29,7 +39,7 @@ BLOCK = re.compile(r"^(.+?\.\d+)\.")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Module:
-    """A linear or an embedding: its path, its kind, and the shape and stored dtype of its weight."""
+    """A linear or an embedding: its path, kind, and the shape and stored dtype of its weight."""
 
     path: str
     kind: str
@@ -46,9 +56,10 @@ class Module:
 class Inventory:
     """Everything that will be written, in module order.
 
-    `tensors`: names; `modules`: those that could be quantized; `siblings`: groups of linears with one input;
-    `units`: the tensors that are finished together, a decoder block or what lies outside; `blocks`: the index in
-    `units` of every decoder block; `absent`: modules that own no tensor, such as a tied head.
+    `tensors`: names; `modules`: those that could be quantized; `siblings`: groups of linears with
+    one input; `units`: the tensors that are finished together, a decoder block or what lies
+    outside; `blocks`: the index in `units` of every decoder block; `absent`: modules that own no
+    tensor, such as a tied head.
     """
 
     tensors: tuple[str, ...]
@@ -60,7 +71,9 @@ class Inventory:
 
 
 def take_inventory(checkpoint: Checkpoint, spec: ModelSpec | None) -> Inventory:
-    """The inventory of `checkpoint`, by `spec` where the architecture is known, else by names and ranks."""
+    """The inventory of `checkpoint`, by `spec` where the architecture is known, else by names and
+    ranks.
+    """
     names = _known_order(checkpoint, spec) if spec else sorted(checkpoint.tensors, key=natural_key)
     units = _units(names)
     prefixes = {block_prefix(spec, i) for i in range(len(kinds(spec)))} if spec else set()
@@ -81,15 +94,24 @@ def _known_order(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
     return [name for name in param_shapes(spec) if name in checkpoint.tensors]
 
 
-def _absent_head(checkpoint: Checkpoint, spec: ModelSpec | None, names: list[str]) -> tuple[str, ...]:
+def _absent_head(
+    checkpoint: Checkpoint, spec: ModelSpec | None, names: list[str]
+) -> tuple[str, ...]:
     """A tied head owns no tensor, and is still a module that was left alone."""
     if spec is not None:
         head = spec.names.head
-    elif checkpoint.config.get("tie_word_embeddings"):
+    elif checkpoint.config.get("tie_word_embeddings", True) and _generates(checkpoint):
         head = "lm_head"
     else:
         return ()
     return () if head + ".weight" in names else (head,)
+
+
+def _generates(checkpoint: Checkpoint) -> bool:
+    """Whether the model has a head at all, and none under a name of its own."""
+    owned = any(name.startswith(HEADS) for name in checkpoint.tensors)
+    classes = checkpoint.config.get("architectures") or []
+    return not owned and any("CausalLM" in name or "LMHead" in name for name in classes)
 
 
 def _modules(checkpoint: Checkpoint, names: Iterable[str]) -> Iterable[Module]:
@@ -97,7 +119,13 @@ def _modules(checkpoint: Checkpoint, names: Iterable[str]) -> Iterable[Module]:
         path, _, leaf = name.rpartition(".")
         info = checkpoint.tensors[name]
         if leaf == "weight" and len(info.shape) == 2 and info.dtype in FLOATS:
-            kind = "embedding" if EMBEDDINGS.search(path) else "linear"
+            if EMBEDDINGS.search(path):
+                own = checkpoint.config.get("model_type") in SCALED_EMBEDDINGS
+                if own or OWN_POSITIONS.search(path):
+                    continue
+                kind = "embedding"
+            else:
+                kind = "linear"
             yield Module(path=path, kind=kind, shape=tuple(info.shape), dtype=info.dtype)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one run will do, decided from config.json and the tensor headers before any weight is read."""
+"""What one run will do, decided from config.json and tensor headers: no weight is read."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -41,7 +41,9 @@ from .targets import TARGETS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
-    """The attention of one block: its path, the unit it is in, its key and value linears, and its sizes."""
+    """The attention of one block: its path, the unit it is in, its key and value linears, and its
+    sizes.
+    """
 
     path: str
     unit: int
@@ -63,10 +65,11 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A checkpoint, what the recipe says about each of its linears, and every tensor that will be written.
+    """A checkpoint, what the recipe says about each of its linears, and every tensor that will be
+    written.
 
-    `spec` is None for an architecture jqx does not define; `choices` holds the quantized linears in module order;
-    `kv` the format of keys and values, if any; `dtype` the model's own.
+    `spec` is None for an architecture jqx does not define; `choices` holds the quantized linears in
+    module order; `kv` the format of keys and values, if any; `dtype` the model's own.
     """
 
     checkpoint: Checkpoint
@@ -122,7 +125,10 @@ class Job:
 
 
 def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
-    """Decide everything about a run. Reads no weights; raises InputError for whatever would stop it later."""
+    """Decide everything about a run. Reads no weights; raises InputError for whatever would stop it
+    later.
+    """
+    settings.check()
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)
     row = find_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -136,7 +142,10 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
         check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
     inventory = take_inventory(checkpoint, spec)
     if (dtype_key := model_dtype(checkpoint)) not in FLOATS:
-        raise InputError(f"{checkpoint.path} is a model in {dtype_key}; quantized are {', '.join(sorted(FLOATS))}")
+        raise InputError(
+            f"{checkpoint.path} is a model in {dtype_key}; "
+            f"those in {', '.join(sorted(FLOATS))} can be quantized"
+        )
     job = Job(
         checkpoint=checkpoint,
         spec=spec,
@@ -152,7 +161,8 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
     if job.needs_kv and spec is None:
         raise InputError(
             f"--kv-cache {kv} needs the keys and values of the model, and model_type "
-            f"{checkpoint.config.get('model_type')!r} is not defined here; use --kv-cache none or {kv}_cast"
+            f"{checkpoint.config.get('model_type')!r} is not defined here; "
+            f"use --kv-cache none or one that ends in _cast"
         )
     return dataclasses.replace(job, outputs=tuple(_outputs(job)))
 
@@ -193,7 +203,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     if found := checkpoint.config.get("quantization_config"):
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
         raise InputError(
-            f"{checkpoint.path} is already quantized (quant_method {method!r}); give the original checkpoint"
+            f"{checkpoint.path} is already quantized (quant_method {method!r}); "
+            "give the original checkpoint"
         )
 
 
@@ -220,7 +231,9 @@ def _choices(
             continue
         choices[module.path] = choice
         if not supports(choice):
-            problems.append(f"{module.path}: no layout name for {choice.weight} with {choice.input} inputs")
+            problems.append(
+                f"{module.path}: no layout name for {choice.weight} with {choice.input} inputs"
+            )
         try:
             check_divides(find_format(choice.weight), module.shape)
         except InputError as error:
@@ -266,7 +279,9 @@ def _outputs(job: Job) -> Iterable[TensorOut]:
 
 
 def _companions(job: Job) -> dict[str, list[TensorOut]]:
-    """Tensor name -> scales that follow it: those of a linear after its last parameter, KV scales last of all."""
+    """Tensor name -> scales that follow it: those of a linear after its last parameter, KV scales
+    last of all.
+    """
     last: dict[str, str] = {}
     for name in job.inventory.tensors:
         last[name.rpartition(".")[0]] = name

@@ -19,7 +19,9 @@ from .job import optional_tensors, refuse_quantized
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """`params`: nested dict whose paths are the tensor names; `module`: a Linen module; `config`: config.json."""
+    """`params`: nested dict whose paths are the tensor names; `module`: a Linen module; `config`:
+    config.json.
+    """
 
     params: dict[str, Any]
     module: CausalLM
@@ -35,7 +37,9 @@ class Model:
         """The model_type."""
         return self.spec.family
 
-    def apply(self, variables: dict[str, Any], ids: Int[Array | np.ndarray, "b t"]) -> Float[Array, "b t v"]:
+    def apply(
+        self, variables: dict[str, Any], ids: Int[Array | np.ndarray, "b t"]
+    ) -> Float[Array, "b t v"]:
         """Float32 logits of `ids` under `variables`, {"params": tree} as Linen has it."""
         return self.module.apply(variables, jnp.asarray(ids, jnp.int32))  # pyright: ignore[reportReturnType]
 
@@ -43,7 +47,8 @@ class Model:
 def load(model: str | Path) -> Model:
     """Read a whole checkpoint into memory, in the dtype its configuration names.
 
-    Raises InputError for what cannot be read: see `open_checkpoint`; unknown families; quantized checkpoints.
+    Raises InputError for what cannot be read: see `open_checkpoint`; unknown families; quantized
+    checkpoints.
     """
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)

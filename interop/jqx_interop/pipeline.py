@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """ptq: a checkpoint in, a quantized checkpoint out, one block in memory at a time.
 
-    prepare -> for every unit: statistics -> codes and scales -> written, synced, journalled -> renamed to OUT
+    prepare -> for every unit: statistics -> codes and scales -> written, synced, journalled
+            -> renamed to OUT
 
-A run that is killed leaves its journal; the same command goes on from it and ends with the same bytes.
+A run that is killed leaves its journal; the same command goes on from it and ends with the same
+bytes.
 """
 
 import os
 import platform
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +23,7 @@ import jax
 import numpy as np
 
 from jqx.config import to_json
+from jqx.errors import InputError
 from jqx.recipes import Recipe
 
 from .checkpoints import ShardWriter, Workspace, digest, parse_size, plan_shards, small_files
@@ -50,10 +55,12 @@ def ptq(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Report:
-    """Quantize the checkpoint `model` by `recipe` and write it to `out`, which appears complete or not at all.
+    """Quantize the checkpoint `model` by `recipe` and write it to `out`, which appears complete or
+    not at all.
 
-    `settings` are the fields of `Settings` (`calib`, `kv_cache`, `batch_size`, ...). Returns what was done. Raises
-    InputError, before anything is written where that can be known, with a message for people.
+    `settings` are the fields of `Settings` (`calib`, `kv_cache`, `batch_size`, ...). Returns what
+    was done. Raises InputError, before anything is written where that can be known, with a message
+    for people.
     """
     job = prepare(model, recipe, Settings(**settings))
     return run(job, out, progress or Silent())
@@ -85,15 +92,15 @@ def run(job: Job, out: str | Path, progress: Progress) -> Report:
         shape = f"{len(data)} batches, {data.tokens:,} tokens"
         progress.note(f"calibrating on {data.source}: {shape}")
     plans = plan_shards(job.outputs, parse_size(job.settings.max_shard_size))
-    with Workspace(out, job.checkpoint.path) as space:
+    with Workspace(out, job.checkpoint.path) as space, _told_where(space.directory):
         records = space.begin(fingerprint(job, inputs), restart=job.settings.restart)
         done = {record["unit"] for record in records if "unit" in record}
-        finished = _names_in(job, done) if records else None
-        if not records:
-            space.record({"begun": True})
+        finished = _names_in(job, done) if done else None
         with ShardWriter(space.files, plans, finished) as writer:
             if done:
-                progress.note(f"going on with an unfinished run: {len(done)} parts are there already")
+                progress.note(
+                    f"going on with an unfinished run: {len(done)} parts are there already"
+                )
             _work(job, inputs, space, writer, records, progress)
             writer.finish()
         for file in small_files(job.checkpoint):
@@ -101,6 +108,18 @@ def run(job: Job, out: str | Path, progress: Progress) -> Report:
         write_descriptions(job, space.files)
         space.publish()
     return report_of(job, Path(out), plans, time.monotonic() - started)
+
+
+@contextmanager
+def _told_where(folder: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into an InputError that names a place and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or folder}: {error.strerror or error}. What is finished is kept: once "
+            "that is put right, the same command goes on where it was"
+        ) from error
 
 
 def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
@@ -117,7 +136,9 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         "max_shard_size": parse_size(job.settings.max_shard_size),
         "versions": {name: version(name) for name in ("jqx", "jax", "jaxlib")},
         "device": f"{device.platform} {device.device_kind} {platform.machine()}",
-        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
     }
 
 
@@ -145,7 +166,9 @@ def _work(
     if by_bytes:
         progress.phase("quantizing", sum(_bytes_of(job, unit) for unit in left))
     advance = progress.advance if by_bytes else Silent().advance
-    with Finisher(job, writer, space.record, advance, max(2, min(4, os.cpu_count() or 2))) as finisher:
+    with Finisher(
+        job, writer, space.record, advance, max(2, min(4, os.cpu_count() or 2))
+    ) as finisher:
         for unit in left:
             stats, extra = source.of_unit(unit)
             finisher.submit(unit, stats, extra)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run would do and cost, from config.json and tensor headers alone: no weight is read.
 
-Memory and time are estimates. Time rests on two figures measured when the plan is made, the rate of one matrix product
-and of one encode; memory is counted, plus what an idle process with a compiler in it takes.
+Memory and time are estimates. Time rests on two figures measured when the plan is made, the rate of
+one matrix product and of one encode; memory is counted, plus what an idle process with a compiler
+in it takes.
 """
 
 import math
@@ -44,7 +45,7 @@ class LinearPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The forecast of a run. Sizes in bytes, time in seconds; `tokens` is 0 where no model is run."""
+    """The forecast of a run: bytes, seconds; `tokens` is 0 where no model is run."""
 
     recipe: str
     kv_cache: str
@@ -68,7 +69,9 @@ class Plan:
 
 
 def make_plan(job: Job, tokens: int = 0, out: Path | None = None) -> Plan:
-    """Forecast `job`, which runs the model on `tokens` tokens. `out` says whose disk must have room."""
+    """Forecast `job`, which runs the model on `tokens` tokens. `out` says whose disk must have
+    room.
+    """
     shards = plan_shards(job.outputs, parse_size(job.settings.max_shard_size))
     sizes: dict[str, int] = {}
     for tensor in job.outputs:
@@ -81,7 +84,9 @@ def make_plan(job: Job, tokens: int = 0, out: Path | None = None) -> Plan:
         kv_cache=job.kv or "none",
         target=job.settings.target,
         linears=tuple(
-            LinearPlan(path=p, shape=modules[p].shape, weight=c.weight or "", input=c.input, bytes=sizes[p])
+            LinearPlan(
+                path=p, shape=modules[p].shape, weight=c.weight or "", input=c.input, bytes=sizes[p]
+            )
             for p, c in job.choices.items()
         ),
         coverage=coverage_of(job),
@@ -112,7 +117,11 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
     block = _block_parameters(job.spec) * carrier
     hidden = tokens * job.spec.hidden * carrier
     spilled = hidden if hidden > parse_size(job.settings.max_memory) else 0
-    widths = 6 * job.spec.hidden + 3 * kind.mlp.inner + 4 * kind.attention.heads * kind.attention.head_dim
+    widths = (
+        6 * job.spec.hidden
+        + 3 * kind.mlp.inner
+        + 4 * kind.attention.heads * kind.attention.head_dim
+    )
     rows = max(min(tokens, ROWS_PER_CALL), job.settings.calib_seq)
     return PROCESS + block + hidden - spilled + rows * widths * 4 + encoding, 2 * spilled
 
@@ -129,7 +138,9 @@ def _block_parameters(spec: ModelSpec) -> int:
 
 
 def _seconds(job: Job, tokens: int) -> float:
-    """Products at the measured rate, attention at a quarter of it, and weights at the measured encoding rate."""
+    """Products at the measured rate, attention at a quarter of it, and weights at the measured
+    encoding rate.
+    """
     choice = next(iter(job.choices.values()))
     w = np.ones((1024, 1024), job.dtype)
     stats = LinearStats(amax=jnp.float32(1))

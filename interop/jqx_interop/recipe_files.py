@@ -4,6 +4,8 @@
     extends: nvfp4
     rules:
       - {path_glob: "*.mlp.down_proj.*", weight: fp8, input: fp8}
+
+Without `extends` the rules stand alone.
 """
 
 from pathlib import Path
@@ -34,7 +36,9 @@ def read_recipe(path: str | Path) -> Recipe:
             raise nearest(str(key), KEYS, f"key in {path}:")
     rules = data.get("rules") or []
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-        raise InputError(f"{path}: rules is a list of mappings such as {{path_glob: '*mlp*', weight: fp8}}")
+        raise InputError(
+            f"{path}: rules is a list of mappings such as {{path_glob: '*mlp*', weight: fp8}}"
+        )
     config = from_json({"rules": rules, "algorithm": data.get("algorithm", "max")})
     if "extends" in data:
         base = find_recipe(str(data["extends"])).config

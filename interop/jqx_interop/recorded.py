@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics from inputs of linears that were recorded elsewhere: no model is run.
 
-Keys and values come from the recorded inputs of the key and value linears, by one product and the rotation, in the
-arithmetic of the dtype that was recorded.
+Keys and values come from the recorded inputs of the key and value linears, by one product and the
+rotation, in the arithmetic of the dtype that was recorded.
 """
 
 from typing import Any
@@ -34,7 +34,9 @@ class Recorded:
         missing = [path for path in dict.fromkeys(needed) if path not in have]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise InputError(f"{activations.path} has no inputs of {missing[0]}{more}; keys are <module>|<batch>")
+            raise InputError(
+                f"{activations.path} has no inputs of {missing[0]}{more}; keys are <module>|<batch>"
+            )
         for path in needed:
             if activations.width(path) != job.modules[path].shape[1]:
                 raise InputError(
@@ -46,12 +48,16 @@ class Recorded:
         """Nothing to do: units do not depend on each other."""
 
     def of_unit(self, unit: int) -> tuple[BlockStats, dict[str, Any]]:
-        """The statistics of the linears in one unit. Raises InputError for inputs that are not finite."""
+        """The statistics of the linears in one unit. Raises InputError for inputs that are not
+        finite.
+        """
         inside = set(self._job.inventory.units[unit])
         found = {}
         for path, choice in self._job.choices.items():
             if path + ".weight" in inside and input_bound(self._job.config, choice) is not None:
-                found[path] = float(input_amax(stored_amax(x) for x in self._activations.batches(path)))
+                found[path] = float(
+                    input_amax(stored_amax(x) for x in self._activations.batches(path))
+                )
                 if not np.isfinite(found[path]):
                     raise InputError(f"{self._activations.path}: inputs of {path} are not finite")
         kv = {}
@@ -60,7 +66,9 @@ class Recorded:
                 kv = self._keys_and_values(i, attention)
         return BlockStats(input_amax=found, kv=kv), {}
 
-    def _keys_and_values(self, i: int, attention: Attention) -> dict[str, tuple[float, np.ndarray | None]]:
+    def _keys_and_values(
+        self, i: int, attention: Attention
+    ) -> dict[str, tuple[float, np.ndarray | None]]:
         job, spec = self._job, self._job.spec
         assert spec is not None
         prefix = block_prefix(spec, i) + "."
@@ -72,11 +80,17 @@ class Recorded:
         for batch in batches:
             x = jnp.asarray(batch)
             compute = FLOAT32 if x.dtype == jnp.float32 else BF16
-            positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
-            k, v = project_kv(spec, kinds(spec)[i], params, x.astype(compute.carrier), positions, compute)
+            positions = jnp.broadcast_to(
+                jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2]
+            )
+            k, v = project_kv(
+                spec, kinds(spec)[i], params, x.astype(compute.carrier), positions, compute
+            )
             for name, y in (("k", k), ("v", v)):
                 largest[name].append(np.float32(amax(y, job.dtype)))
             fold.add({f"{attention.path}.k": k, f"{attention.path}.v": v})
         if job.kv_format.affine:
             return fold.results()
-        return {f"{attention.path}.{n}": (float(input_amax(all_)), None) for n, all_ in largest.items()}
+        return {
+            f"{attention.path}.{n}": (float(input_amax(all_)), None) for n, all_ in largest.items()
+        }

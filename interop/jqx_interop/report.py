@@ -16,8 +16,8 @@ from .job import Job
 class Coverage:
     """How much of a model a recipe reaches.
 
-    `parameters`: all numbers in the source; `quantized`: those that get codes; `left`: linears that stay as they are;
-    `formats`: "weight format, input format" -> number of linears.
+    `parameters`: all numbers in the source; `quantized`: those that get codes; `left`: linears that
+    stay as they are; `formats`: "weight format, input format" -> number of linears.
     """
 
     parameters: int
@@ -34,7 +34,8 @@ class Coverage:
     @property
     def line(self) -> str:
         """One line for people: how much was quantized, and which linears were not."""
-        text = f"{self.share:.1%} of {self.parameters:,} parameters quantized in {self.linears} linears"
+        text = f"{self.share:.1%} of {self.parameters:,} parameters quantized"
+        text += f" in {self.linears} linears"
         if not self.left:
             return text + "; no linear was left out"
         return f"{text}; {len(self.left)} linears left as they are: {', '.join(summary(self.left))}"
@@ -42,7 +43,9 @@ class Coverage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """The outcome of a run. Sizes in bytes; `bits` is stored bits per parameter, everything counted."""
+    """The outcome of a run. Sizes in bytes; `bits` is stored bits per parameter, everything
+    counted.
+    """
 
     out: str
     recipe: str
@@ -95,7 +98,9 @@ def report_of(job: Job, out: Path, plans: Sequence[ShardPlan], seconds: float) -
 
 
 def summary(paths: Sequence[str], most: int = 6) -> list[str]:
-    """Paths for people: the same linear of many layers is one entry, `model.layers.*.mlp.up_proj (x30)`."""
+    """Paths for people: the same linear of many layers is one entry, `model.layers.*.mlp.up_proj
+    (x30)`.
+    """
     merged = Counter(".".join("*" if p.isdigit() else p for p in path.split(".")) for path in paths)
     lines = [name if count == 1 else f"{name} (x{count})" for name, count in merged.items()]
     return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])

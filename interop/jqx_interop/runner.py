@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running the model over the calibration data, one block in memory at a time, and reducing what its linears meet.
+"""Running the model over the calibration data, one block in memory at a time, and reducing what its
+linears meet.
 
-All blocks of one kind run one compiled program. Rows are sequences; a call takes a fixed number of them, and the last
-call is filled up by repeating a row, which changes no maximum.
+All blocks of one kind run one compiled program. Rows are sequences; a call takes a fixed number of
+them, and the last call is filled up by repeating a row, which changes no maximum.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqx.calibrate import AffineKV, affine_fold, affine_start, amax
-from jqx.config import KVFormat
 from jqx.errors import InputError
 from jqx.models import COMPUTES, BlockKind, Compute, ModelSpec, block, block_prefix, embed, kinds
 from jqx.tensors.paths import unflatten
@@ -27,13 +27,17 @@ from .job import Job
 from .progress import Progress
 from .weights import read_tensor
 
-ROWS_PER_CALL = 2048
-"""Tokens in one call: matrix products of 512 to 2048 rows are the fastest on a CPU."""
+ROWS_PER_CALL = 1024
+"""Tokens in one call: fewer leave a CPU's matrix products short, more make its temporaries fall out
+of the allocator.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockStats:
-    """What one block's quantization needs: input_amax by linear, and amax and bias by "<attention>.k" and ".v"."""
+    """What one block's quantization needs: input_amax by linear, and amax and bias by
+    "<attention>.k" and ".v".
+    """
 
     input_amax: Mapping[str, float] = field(default_factory=dict)
     kv: Mapping[str, tuple[float, np.ndarray | None]] = field(default_factory=dict)
@@ -52,7 +56,9 @@ class Runner:
         self._blocks = {unit: i for i, unit in enumerate(job.inventory.blocks)}
 
     def prepare(self, left: list[int], records: list[dict[str, Any]]) -> None:
-        """Bring the hidden states to before the first block in `left`, or as near as what was kept allows."""
+        """Bring the hidden states to before the first block in `left`, or as near as what was kept
+        allows.
+        """
         first = next((self._blocks[unit] for unit in left if unit in self._blocks), None)
         if first is None:
             return
@@ -63,7 +69,9 @@ class Runner:
         self._progress.phase("calibrating", (last + 1 - self._hidden.block) * self._hidden.count)
 
     def of_unit(self, unit: int) -> tuple[BlockStats, dict[str, Any]]:
-        """The statistics of the block that is `unit`, and the digest of the hidden states after it if they are kept."""
+        """The statistics of the block that is `unit`, and the digest of the hidden states after it
+        if they are kept.
+        """
         stats, digest = BlockStats(), None
         while unit in self._blocks and self._hidden.block <= self._blocks[unit]:
             stats = self._run_block(self._hidden.block)
@@ -87,13 +95,16 @@ class Runner:
         kind = kinds(self._spec)[i]
         prefix = block_prefix(self._spec, i)
         params = self._parameters(i)
-        step = _step_of(self._spec, kind, self._compute, self._kv, self._job.dtype.name)
+        affine = self._kv is not None and self._kv.affine
+        program = Program(self._spec, kind, self._compute, affine, self._job.dtype.name)
         running: dict[str, Any] = {}
         fold = Folding([len(batch) for batch in self._data.batches], self._job.dtype)
         for n in range(self._hidden.count):
             h = self._hidden.get(n)
-            positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2])
-            h, running, kept = step(params, h, positions, running)
+            positions = jnp.broadcast_to(
+                jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2]
+            )
+            h, running, kept = _step(params, h, positions, running, program=program)
             self._hidden.put(n, h)
             fold.add(kept)
             self._progress.advance(1)
@@ -124,14 +135,19 @@ class Runner:
         kv = {f"{prefix}.{n}": (v, None) for n, v in found.items() if n in kv_names and self._kv}
         return BlockStats(
             input_amax={
-                f"{prefix}.{n.removesuffix('.weight')}": v for n, v in found.items() if n not in kv_names
+                f"{prefix}.{n.removesuffix('.weight')}": v
+                for n, v in found.items()
+                if n not in kv_names
             },
             kv=kv | {f"{prefix}.{name}": value for name, value in fold.results().items()},
         )
 
 
 def compute_of(name: str) -> Compute:
-    """The arithmetic called "auto", "float32" or "bf16" on the default device. Raises InputError."""
+    """The arithmetic called "auto", "float32" or "bf16", on the default device.
+
+    Raises InputError for another name.
+    """
     accelerator = jax.default_backend() != "cpu"
     if name == "auto":
         name = "bf16" if accelerator else "float32"
@@ -140,42 +156,46 @@ def compute_of(name: str) -> Compute:
     return COMPUTES[name, accelerator]
 
 
-def _step_of(
-    spec: ModelSpec, kind: BlockKind, compute: Compute, kv: KVFormat | None, dtype: str
-) -> Callable[..., Any]:
-    return partial(_step, spec=spec, kind=kind, compute=compute, affine=bool(kv and kv.affine), dtype=dtype)
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What one compiled program of a block depends on. `affine`: keys and values come out whole,
+    because their order matters; `dtype`: of the model, in which magnitudes are taken.
+    """
+
+    spec: ModelSpec
+    kind: BlockKind
+    compute: Compute
+    affine: bool
+    dtype: str
 
 
-@partial(jax.jit, static_argnames=("spec", "kind", "compute", "affine", "dtype"), donate_argnums=(1,))
+@partial(jax.jit, static_argnames=("program",), donate_argnums=(1,))
 def _step(
     params: Any,
     h: jax.Array,
     positions: jax.Array,
     running: dict[str, jax.Array],
     *,
-    spec: ModelSpec,
-    kind: BlockKind,
-    compute: Compute,
-    affine: bool,
-    dtype: str,
+    program: Program,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """One call: states after the block, the running maxima, and keys and values if their order matters."""
+    """One call: states after the block, the running maxima, and whole keys and values if asked."""
 
     def collect(use: Use, x: jax.Array) -> jax.Array | None:
-        if use.op == "name" and affine:
+        if use.op == "name" and program.affine:
             return x
-        return amax(x, jnp.dtype(dtype)) if use.op in ("dot", "name") else None
+        return amax(x, jnp.dtype(program.dtype)) if use.op in ("dot", "name") else None
 
     def run(params: Any, h: jax.Array) -> jax.Array:
-        return block(spec, kind, params, h, positions, compute)
+        return block(program.spec, program.kind, params, h, positions, program.compute)
 
     out, found = observe(run, collect)(params, h)
     kept = {name: found.pop(name) for name in list(found) if found[name].ndim}
-    return out, {n: jnp.maximum(v, running[n]) if n in running else v for n, v in found.items()}, kept
+    maxima = {n: jnp.maximum(v, running[n]) if n in running else v for n, v in found.items()}
+    return out, maxima, kept
 
 
 class Folding:
-    """Keys and values put together again into whole statistics batches, and folded in their order."""
+    """Keys and values put together into whole statistics batches, and folded in their order."""
 
     def __init__(self, sizes: list[int], dtype: np.dtype):
         """`sizes`: sequences in every statistics batch; `dtype`: the model's."""
@@ -184,7 +204,9 @@ class Folding:
         self._state: dict[str, AffineKV] = {}
 
     def add(self, kept: Mapping[str, jax.Array]) -> None:
-        """The next keys and values [b, heads, t, dim] by name; what is beyond the last batch is dropped."""
+        """The next keys and values [b, heads, t, dim] by name; what is beyond the last batch is
+        dropped.
+        """
         for name, x in kept.items():
             rows = np.asarray(x)
             if name not in self._state:

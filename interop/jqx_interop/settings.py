@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run is made: everything a caller may choose besides the model, the destination and the recipe."""
+"""How a run is made: everything a caller may choose besides the model, the destination and the
+recipe.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from jqx.errors import InputError, nearest
+
+from .checkpoints import parse_size
+
+COMPUTES = ("auto", "float32", "bf16")
+LEAST = {"calib_size": 1, "calib_seq": 1, "batch_size": 0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """Choices of one run. Sizes are bytes or text such as "4GiB" or "10GB".
 
-    `calib`: calibration data (None: the bundled text); `activations`: a file of recorded inputs of linears, used
-    instead of running the model; `calib_size` sequences of `calib_seq` tokens; `batch_size` sequences at a time (0:
-    chosen); `max_memory`: above it, hidden states live in a memory-mapped file; `compute`: "auto", "float32" or
-    "bf16"; `options`: what `--set` changes in the recipe; `restart`: throw an unfinished run away.
+    `calib`: calibration data (None: the bundled text); `activations`: a file of recorded inputs of
+    linears, used instead of running the model; `calib_size` sequences of `calib_seq` tokens;
+    `batch_size` sequences at a time (0: chosen); `max_memory`: above it, hidden states live in a
+    memory-mapped file; `compute`: "auto", "float32" or "bf16"; `options`: what `--set` changes in
+    the recipe; `restart`: throw an unfinished run away.
     """
 
     kv_cache: str = "none"
@@ -29,3 +39,15 @@ class Settings:
     options: tuple[tuple[str, str], ...] = ()
     restart: bool = False
 
+    def check(self) -> None:
+        """Raise InputError for numbers, sizes and names that none of these can be, needed or not."""
+        for field, least in LEAST.items():
+            if (value := getattr(self, field)) < least:
+                raise InputError(f"{field} is {value}; give at least {least}")
+        for field in ("max_memory", "max_shard_size"):
+            try:
+                parse_size(getattr(self, field))
+            except InputError as error:
+                raise InputError(f"{field}: {error}") from error
+        if self.compute not in COMPUTES:
+            raise nearest(self.compute, COMPUTES, "compute")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of the code's tables as plain rows for people: what the commands print and the README shows."""
+"""The rows of the code's tables as plain rows for people: what the commands print and the README
+shows.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +13,7 @@ from jqx.formats import FORMATS, Format
 from jqx.recipes import RECIPES, Recipe, find_recipe
 
 from .families import FAMILIES
+from .job import calibrated
 from .targets import TARGETS
 
 Rows = list[dict[str, Any]]
@@ -38,7 +41,7 @@ def recipe_rows() -> Rows:
             "recipe": row.name,
             "weights": _fields(row, "weight"),
             "inputs": _fields(row, "input") or "as they are",
-            "calibration": "none" if row.config.algorithm is None else row.config.algorithm,
+            "needs data": "yes" if calibrated(row.config) else "",
             "what": row.summary,
             "also known as": ", ".join(row.aliases),
         }

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finishing units: their tensors are encoded and written by a few threads, then made durable and journalled in order.
+"""Finishing units: their tensors are encoded and written by a few threads, then made durable and
+journalled in order.
 
-The caller goes on with the next block meanwhile. The first error stops everything and is raised where the caller asks.
+The caller goes on with the next block meanwhile. The first error stops everything and is raised
+where the caller asks.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +25,14 @@ Record = Callable[[dict[str, Any]], None]
 class Finisher:
     """Writes units. A context manager: leaving it waits, and raises what went wrong."""
 
-    def __init__(self, job: Job, writer: ShardWriter, record: Record, advance: Callable[[float], None], workers: int):
+    def __init__(
+        self,
+        job: Job,
+        writer: ShardWriter,
+        record: Record,
+        advance: Callable[[float], None],
+        workers: int,
+    ):
         """`record` journals one finished unit; `advance` is told the source bytes that are done."""
         self._job, self._writer, self._record, self._advance = job, writer, record, advance
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="jqx-encode")
@@ -74,7 +83,9 @@ class Finisher:
                 yield (name,)
             elif path not in seen:
                 group = self._groups.get(path, (path,))
-                members = tuple(p for p in group if p + ".weight" in inside and p in self._job.choices)
+                members = tuple(
+                    p for p in group if p + ".weight" in inside and p in self._job.choices
+                )
                 seen.update(members)
                 yield members
 
@@ -103,7 +114,9 @@ class Finisher:
         self._record({"unit": unit, **extra})
 
 
-def kv_tensors(job: Job, attention: Attention, stats: BlockStats) -> Iterator[tuple[str, np.ndarray]]:
+def kv_tensors(
+    job: Job, attention: Attention, stats: BlockStats
+) -> Iterator[tuple[str, np.ndarray]]:
     """The scales, and for affine formats the biases, of one attention's keys and values."""
     for linear, letter in ((attention.k, "k"), (attention.v, "v")):
         if (path := f"{attention.path}.{letter}") in stats.kv:

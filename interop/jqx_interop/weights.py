@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights on the host: reading them in the model's dtype, and their codes.
 
-Codes and scales are computed on the CPU backend whatever the default device is, because division on accelerators is
-approximate and codes at ties would change.
+Codes and scales are computed on the CPU backend whatever the default device is, because division on
+accelerators is approximate and codes at ties would change.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,19 +34,25 @@ def read_tensor(job: Job, name: str) -> np.ndarray:
 
 
 def checked_amax(array: np.ndarray, name: str) -> np.float32:
-    """The largest magnitude in the tensor `name`. Raises InputError if a number in it is NaN or infinite."""
+    """The largest magnitude in the tensor `name`. Raises InputError if a number in it is NaN or
+    infinite.
+    """
     largest = stored_amax(array)
     if not np.isfinite(largest):
-        raise InputError(f"the tensor {name} holds NaN or infinite numbers; the checkpoint is damaged")
+        raise InputError(
+            f"the tensor {name} holds NaN or infinite numbers; the checkpoint is damaged"
+        )
     return largest
 
 
 def encode_group(
     job: Job, members: tuple[str, ...], input_amax: Mapping[str, float]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The named arrays of quantized linears that read one input; tensor scales are shared where the layout says so.
+    """The named arrays of quantized linears that read one input; tensor scales are shared where the
+    layout says so.
 
-    `input_amax` has the linears whose inputs get a stored scale. Raises InputError naming a weight that is not finite.
+    `input_amax` has the linears whose inputs get a stored scale. Raises InputError naming a weight
+    that is not finite.
     """
     weights = {path: read_tensor(job, path + ".weight") for path in members}
     amax = {path: checked_amax(weights[path], path + ".weight") for path in members}
@@ -54,7 +60,9 @@ def encode_group(
     for path in members:
         choice = job.choices[path]
         algo = find_algo(choice)
-        shared = [p for p in members if algo and algo.unified and job.choices[p] == choice] or [path]
+        shared = [p for p in members if algo and algo.unified and job.choices[p] == choice] or [
+            path
+        ]
         stats = LinearStats(amax=max(amax[p] for p in shared), input_scale=None)
         if (bound := input_bound(job.config, choice)) is not None:
             row = INPUT_FORMATS[choice.input or ""]
@@ -77,7 +85,9 @@ def encode_weight(w: np.ndarray, fmt: Format, algorithm: str, stats: LinearStats
             jax.tree.map(np.asarray, _encode(w[i : i + rows], stats, fmt=fmt, algorithm=algorithm))
             for i in range(0, n, rows)
         ]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves) if leaves[0].ndim else leaves[0], *parts)
+    return jax.tree.map(
+        lambda *leaves: np.concatenate(leaves) if leaves[0].ndim else leaves[0], *parts
+    )
 
 
 @partial(jax.jit, static_argnames=("fmt", "algorithm"))

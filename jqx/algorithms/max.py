@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """max: every scale reaches exactly the largest magnitude of what it covers. Nothing is searched.
 
-A weight scale that covers a whole tensor may have to reach further, where linears that read the same input share it.
+A weight scale that covers a whole tensor may have to reach further, where linears that read the
+same input share it.
 """
 
 import dataclasses
@@ -11,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from ..formats import Format
-from ..tensors import QTensor
+from jqx.formats import Format
+from jqx.tensors import QTensor
 
 
 class LinearStats(NamedTuple):
-    """What is known about one linear: `amax` of its weight, or of all weights that share its tensor scale, and its
-    `input_scale`, if its inputs have a stored one.
+    """What is known about one linear: `amax` of its weight, or of all weights that share its tensor
+    scale, and its `input_scale`, if its inputs have a stored one.
     """
 
     amax: Float32[Array, ""] | np.float32 | None = None

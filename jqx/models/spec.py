@@ -81,7 +81,7 @@ class BlockKind:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Names:
-    """Module names of the checkpoint. Those from `input_norm` on are relative to a block's prefix."""
+    """Module names of the checkpoint; from `input_norm` on, relative to the prefix of the block."""
 
     embed: str = "model.embed_tokens"
     block: str = "model.layers.{}"

@@ -22,3 +22,4 @@ from .shards import parse_size as parse_size
 from .shards import plan_shards as plan_shards
 from .workspace import Workspace as Workspace
 from .write import ShardWriter as ShardWriter
+from .write import allocate as allocate

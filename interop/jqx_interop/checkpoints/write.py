@@ -104,7 +104,7 @@ class ShardWriter:
             for plan in plans:
                 path = self._directory / plan.file
                 self._open[plan.file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-                _allocate(self._open[plan.file], plan.size)
+                allocate(self._open[plan.file], plan.size)
                 os.pwrite(self._open[plan.file], plan.header, 0)
                 self._dirty.add(plan.file)
             self._write_index(plans)
@@ -144,7 +144,7 @@ class ShardWriter:
                 )
 
 
-def _allocate(descriptor: int, size: int) -> None:
+def allocate(descriptor: int, size: int) -> None:
     """Reserve the bytes of a file, so that the disk cannot run full half way."""
     if hasattr(os, "posix_fallocate"):
         try:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jqx`: the commands, and how errors are told. Commands import what they need when they run, so help is quick."""
+"""`jqx`: the commands, and how errors are told. Commands import what they need when they run, so
+help is quick.
+"""
 
 import functools
 import sys
@@ -15,10 +17,15 @@ from . import compare, inspect, quantize, tables
 from .console import err
 
 DEBUG = "--debug"
+USAGE_ERROR: Any = (
+    typer.BadParameter.__base__
+)  # Typer's own or click's: that differs between versions
 
 
 def told(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`command`, with errors told in one line: exit code 2 for wrong input, 130 if interrupted, 1 for a bug."""
+    """`command`, with errors told in one line: exit code 2 for wrong input, 130 if interrupted, 1
+    for a bug.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> Any:
@@ -39,10 +46,10 @@ def told(command: Callable[..., Any]) -> Callable[..., Any]:
 
 app = typer.Typer(
     name="jqx",
-    no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Quantize language models: a Hugging Face checkpoint in, one that vLLM, SGLang and TensorRT-LLM load out.",
+    help="Quantize language models: a Hugging Face checkpoint in, one that vLLM, SGLang and "
+    "TensorRT-LLM load out.",
     epilog=f"Every command takes {DEBUG}, which shows the traceback behind an error.",
 )
 app.command(rich_help_panel="Quantize")(told(quantize.quantize))
@@ -60,18 +67,31 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Quantize language models in JAX."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main() -> None:
     """Run the command line."""
-    app([word for word in sys.argv[1:] if word != DEBUG])
+    try:
+        code = app([word for word in sys.argv[1:] if word != DEBUG], standalone_mode=False)
+    except USAGE_ERROR as error:
+        path = error.ctx.command_path if error.ctx else "jqx"
+        text = " ".join(error.format_message().split()).rstrip(".")
+        err.print(f"error: {text}; see {path} --help", markup=False)
+        code = error.exit_code
+    sys.exit(code)
 
 
 def _one_line(error: BaseException) -> str:

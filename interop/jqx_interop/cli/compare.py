@@ -15,13 +15,15 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor. Exit code 1 if they differ."""
-    from ..compare import compare_checkpoints
+    from jqx_interop.compare import compare_checkpoints
 
     found = compare_checkpoints(a, b)
     if as_json:
         print_json(found.to_json())
         raise typer.Exit(0 if found.equal else 1)
-    rows = [row for row in (*found.tensors, *found.descriptions) if everything or row.verdict != "equal"]
+    rows = [
+        row for row in (*found.tensors, *found.descriptions) if everything or row.verdict != "equal"
+    ]
     if rows:
         cells = [
             (
@@ -33,7 +35,9 @@ def compare(
             )
             for row in rows
         ]
-        print_table("", ("name", "verdict", "stored as", "values that differ", "largest difference"), cells)
+        print_table(
+            "", ("name", "verdict", "stored as", "values that differ", "largest difference"), cells
+        )
     same = sum(row.verdict == "equal" for row in found.tensors)
     out.print(f"{same} of {len(found.tensors)} tensors are equal", markup=False)
     raise typer.Exit(0 if found.equal else 1)

@@ -7,21 +7,33 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+WIDEST = 1000
+"""Columns of a line that nobody's terminal has to fit."""
+
 SIZES = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
 
 
 class Bars:
-    """A `Progress` on standard error with the time left, one bar a phase."""
+    """A `Progress` on standard error with the time left, one bar a phase; silent where that is no
+    terminal.
+    """
 
-    def __init__(self, quiet: bool = False) -> None:
-        """`quiet` shows nothing."""
-        self._quiet = quiet
+    def __init__(self) -> None:
+        """Nothing is shown before the context is entered."""
+        self._quiet = not err.is_terminal
         self._task: TaskID | None = None
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -31,19 +43,24 @@ class Bars:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=err,
-            disable=quiet,
+            disable=self._quiet,
         )
 
     def __enter__(self) -> "Bars":
         """Show the bars."""
-        self._bars.start()
+        if not self._quiet:
+            self._bars.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Leave the bars as they are."""
-        self._bars.stop()
+        if not self._quiet:
+            self._bars.stop()
 
     def phase(self, title: str, total: float | int) -> None:
         """Close the last bar and open another."""
@@ -68,14 +85,17 @@ def print_json(data: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on standard output."""
-    table = Table(*columns, title=title or None, title_justify="left")
+    """A table on standard output; names are folded to fit a terminal, whole in a file or pipe."""
+    table = Table(title=title or None, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    out.print(table)
+    console = out if out.is_terminal else Console(highlight=False, width=WIDEST)
+    console.print(table)
 
 
-def size(count: float) -> str:
+def size(count: float | int) -> str:
     """Bytes for people: 1.5 GiB."""
     for unit, name in SIZES:
         if count >= unit:
@@ -88,4 +108,8 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = int(seconds // 60)
-    return f"{minutes} min {seconds - 60 * minutes:.0f} s" if minutes < 90 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{minutes} min {seconds - 60 * minutes:.0f} s"
+        if minutes < 90
+        else f"{seconds / 3600:.1f} h"
+    )

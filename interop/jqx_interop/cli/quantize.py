@@ -8,12 +8,12 @@ import typer
 
 from jqx.errors import InputError
 
-from .console import Bars, duration, err, out, print_json, print_table, size
+from .console import Bars, duration, out, print_json, print_table, size
 
 if TYPE_CHECKING:
-    from ..job import Job
-    from ..plan import Plan
-    from ..report import Report
+    from jqx_interop.job import Job
+    from jqx_interop.plan import Plan
+    from jqx_interop.report import Report
 
 DATA, HOW = "Calibration data", "How it runs"
 
@@ -34,9 +34,12 @@ def complete_kv(incomplete: str) -> list[str]:
 
 
 def quantize(  # noqa: PLR0913  a command's options are its parameters
-    model: Annotated[str, typer.Argument(help="A directory with config.json and safetensors, or a Hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="A directory with config.json and safetensors, or a Hub id.")
+    ],
     destination: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="A new directory. It appears when it is complete.")
+        Path | None,
+        typer.Argument(metavar="OUT", help="A new directory. It appears when it is complete."),
     ] = None,
     qformat: Annotated[
         str, typer.Option(help="The recipe: see `jqx recipes`.", autocompletion=complete_formats)
@@ -44,41 +47,65 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
     kv_cache: Annotated[
         str, typer.Option(help="Format of keys and values.", autocompletion=complete_kv)
     ] = "none",
-    recipe: Annotated[Path | None, typer.Option(help="A recipe file (YAML), instead of --qformat.")] = None,
-    algorithm: Annotated[str | None, typer.Option(help="Replace the algorithm of the recipe.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe file (YAML), instead of --qformat.")
+    ] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="Replace the algorithm of the recipe.")
+    ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: block=64.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: block=64."),
     ] = None,
     calib: Annotated[
         str | None,
-        typer.Option(help="A .txt, .jsonl, .parquet or .npy file (default: a bundled text).", rich_help_panel=DATA),
+        typer.Option(
+            help="A .txt, .jsonl, .parquet or .npy file (default: a bundled text).",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     calib_size: Annotated[int, typer.Option(help="Sequences.", rich_help_panel=DATA)] = 512,
-    calib_seq: Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=DATA)] = 512,
+    calib_seq: Annotated[
+        int, typer.Option(help="Tokens in a sequence.", rich_help_panel=DATA)
+    ] = 512,
     activations: Annotated[
         Path | None,
-        typer.Option(help="Recorded inputs of linears (safetensors): no model is run.", rich_help_panel=DATA),
+        typer.Option(
+            help="Recorded inputs of linears (safetensors): no model is run.", rich_help_panel=DATA
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences at a time; 0 chooses.", rich_help_panel=HOW)] = 0,
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences at a time; 0 chooses.", rich_help_panel=HOW)
+    ] = 0,
     max_memory: Annotated[
         str, typer.Option(help="Hidden states larger than this go to disk.", rich_help_panel=HOW)
     ] = "4GiB",
-    max_shard_size: Annotated[str, typer.Option(help="Largest file.", rich_help_panel=HOW)] = "10GB",
-    compute: Annotated[str, typer.Option(help="auto, float32 or bf16.", rich_help_panel=HOW)] = "auto",
-    target: Annotated[str, typer.Option(help="The layout: see `jqx targets`.", rich_help_panel=HOW)] = "modelopt",
-    restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished run away.", rich_help_panel=HOW)] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen and what it costs; do nothing.")] = False,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest file.", rich_help_panel=HOW)
+    ] = "10GB",
+    compute: Annotated[
+        str, typer.Option(help="auto, float32 or bf16.", rich_help_panel=HOW)
+    ] = "auto",
+    target: Annotated[
+        str, typer.Option(help="The layout: see `jqx targets`.", rich_help_panel=HOW)
+    ] = "modelopt",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw an unfinished run away.", rich_help_panel=HOW)
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would happen and what it costs; do nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Quantize the checkpoint MODEL and write it to OUT.
 
     A run that was interrupted goes on where it was when the same command is given again.
     """
-    from ..job import prepare
-    from ..pipeline import load_inputs, run
-    from ..plan import make_plan
-    from ..recipe_files import read_recipe
-    from ..settings import Settings
+    from jqx_interop.job import prepare
+    from jqx_interop.pipeline import load_inputs, run
+    from jqx_interop.plan import make_plan
+    from jqx_interop.recipe_files import read_recipe
+    from jqx_interop.settings import Settings
 
     if destination is None and not plan:
         raise InputError("OUT is missing: name a new directory, or ask for --plan")
@@ -103,8 +130,8 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         _show_plan(make_plan(job, data.tokens if data else 0, destination), as_json)
         return
     assert destination is not None
-    _announce(job, as_json)
-    with Bars(quiet=as_json and not err.is_terminal) as bars:
+    with Bars() as bars:
+        bars.note(_announcement(job))
         report = run(job, destination, bars)
     _show_report(report, as_json)
 
@@ -112,21 +139,26 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
 def _pair(text: str) -> tuple[str, str]:
     key, sign, value = text.partition("=")
     if not sign:
-        raise InputError(f"--set {text!r} has no value; write --set key=value, such as --set block=64")
+        raise InputError(
+            f"--set {text!r} has no value; write --set key=value, such as --set block=64"
+        )
     return key.strip(), value.strip()
 
 
-def _announce(job: "Job", as_json: bool) -> None:
-    if not as_json:
-        family = job.spec.family if job.spec else f"{job.checkpoint.config.get('model_type')} (by tensor names)"
-        err.print(f"{job.checkpoint.path}: {family}, to {job.recipe.name}, KV cache {job.kv or 'as it is'}", markup=False)
+def _announcement(job: "Job") -> str:
+    family = (
+        job.spec.family
+        if job.spec
+        else f"{job.checkpoint.config.get('model_type')} (by tensor names)"
+    )
+    return f"{job.checkpoint.path}: {family}, to {job.recipe.name}, KV cache {job.kv or 'as it is'}"
 
 
 def _show_plan(plan: "Plan", as_json: bool) -> None:
     if as_json:
         print_json(plan.to_json())
         return
-    from ..report import summary
+    from jqx_interop.report import summary
 
     kinds: dict[tuple[str, str | None, tuple[int, ...]], list[str]] = {}
     for linear in plan.linears:
@@ -136,7 +168,9 @@ def _show_plan(plan: "Plan", as_json: bool) -> None:
         for (weight, inputs, shape), paths in kinds.items()
         for name in summary(paths, most=99)
     ]
-    print_table(f"{plan.recipe}: what is quantized to what", ("linear", "shape", "weight", "inputs"), rows)
+    print_table(
+        f"{plan.recipe}: what is quantized to what", ("linear", "shape", "weight", "inputs"), rows
+    )
     costs = [
         ("source", size(plan.source_bytes)),
         ("output", f"{size(plan.output_bytes)} in {plan.files} file{'s' * (plan.files > 1)}"),

@@ -12,7 +12,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
 
 def formats(as_json: AsJson = False) -> None:
     """List the number formats."""
-    from ..tables import format_rows
+    from jqx_interop.tables import format_rows
 
     _show("Formats", format_rows(), as_json)
 
@@ -22,7 +22,7 @@ def recipes(
     as_json: AsJson = False,
 ) -> None:
     """List the recipes that --qformat takes, or show one."""
-    from ..tables import recipe_rows, recipe_yaml
+    from jqx_interop.tables import recipe_rows, recipe_yaml
 
     if name is None:
         _show("Recipes", recipe_rows(), as_json)
@@ -32,14 +32,14 @@ def recipes(
 
 def families(as_json: AsJson = False) -> None:
     """List the model families that are defined."""
-    from ..tables import family_rows
+    from jqx_interop.tables import family_rows
 
     _show("Families", family_rows(), as_json)
 
 
 def targets(as_json: AsJson = False) -> None:
     """List the layouts a checkpoint can be written in."""
-    from ..tables import target_rows
+    from jqx_interop.tables import target_rows
 
     _show("Targets", target_rows(), as_json)
 

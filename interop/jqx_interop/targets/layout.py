@@ -2,9 +2,12 @@
 """A quantized linear as the named arrays of ModelOpt's layout, and which arrays those will be.
 
     weight              codes as the format packs them
-    weight_scale        one per channel [n], per block [n, k / block] or per 128x128 block [n / 128, 1, k / 128, 1]
+    weight_scale        one per channel [n], per block [n, k / block],
+                        per 128x128 block [n / 128, 1, k / 128, 1]
     input_scale         what inputs are divided by, float32 []
     weight_scale_2      the tensor scale of formats with two levels, float32 []
+
+Names and shapes are those of files written by ModelOpt 0.47.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +21,7 @@ from jax.typing import ArrayLike
 from jqx.config import base_format
 from jqx.formats import find_format
 from jqx.tensors import QTensor
-
-from ..checkpoints import TensorOut, dtype_name
+from jqx_interop.checkpoints import TensorOut, dtype_name
 
 Grid = tuple[int, ...]
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unified Hugging Face layout of NVIDIA ModelOpt: tensor names, scale shapes, and the two JSON descriptions.
+"""The unified Hugging Face layout of NVIDIA ModelOpt: tensor names, scale shapes, and the two JSON
+descriptions.
 
-Everything that depends on a format is a row of ALGOS: the name engines know it by, and how it is described. Source:
-files written by ModelOpt 0.47 (`hf_quant_config.json`, and `quantization_config` in `config.json`).
+Everything that depends on a format is a row of ALGOS: the name engines know it by, and how it is
+described. Source: files written by ModelOpt 0.47 (`hf_quant_config.json`, and `quantization_config`
+in `config.json`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,10 +28,10 @@ CHANNEL = {"strategy": "channel"}
 class Algo:
     """How one pair of weight format and input format is called and described.
 
-    `weights`, `inputs`: the description in a config group. `grouped`: hf_quant_config.json gives group_size, and
-    `*_grouped` says which descriptions repeat it. `described`: a file with this format alone has a config group.
-    `awq`: the keys has_zero_point and pre_quant_scale are written. `unified`: linears that read the same input
-    share their tensor scales and their input_scale.
+    `weights`, `inputs`: the description in a config group. `grouped`: hf_quant_config.json gives
+    group_size, and `*_grouped` says which descriptions repeat it. `described`: a file with this
+    format alone has a config group. `awq`: the keys has_zero_point and pre_quant_scale are written.
+    `unified`: linears that read the same input share their tensor scales and their input_scale.
     """
 
     quant_algo: str
@@ -43,7 +45,9 @@ class Algo:
 
 
 ALGOS: dict[tuple[str, str | None], Algo] = {
-    ("fp8", "fp8"): Algo(quant_algo="FP8", weights=FLOAT8, inputs=FLOAT8, described=True, unified=False),
+    ("fp8", "fp8"): Algo(
+        quant_algo="FP8", weights=FLOAT8, inputs=FLOAT8, described=True, unified=False
+    ),
     ("fp8_channel", "fp8_token"): Algo(
         quant_algo="FP8_PER_CHANNEL_PER_TOKEN", weights=FLOAT8 | CHANNEL, inputs=FLOAT8
     ),
@@ -94,7 +98,8 @@ def find_algo(choice: Choice) -> Algo | None:
 def describe(choices: Mapping[str, Choice], unquantized: Iterable[str], kv: str | None) -> dict:
     """The content of hf_quant_config.json.
 
-    `choices`: quantized modules in module order; `unquantized`: every other module that could have been.
+    `choices`: quantized modules in module order; `unquantized`: every other module that could have
+    been.
     """
     layers = {module: _layer(choice) for module, choice in choices.items()}
     distinct = {str(layer): layer for layer in layers.values()}
@@ -141,8 +146,8 @@ def quantization_config(
 def summarise(unquantized: Iterable[str], quantized: Iterable[str]) -> list[str]:
     """The shortest patterns that cover `unquantized` and touch nothing `quantized`, sorted.
 
-    For each name, at each dot from the left: `prefix*`, or `prefix.*` where a longer sibling of the prefix is
-    quantized; at last the name itself. (ModelOpt 0.47, export of `exclude_modules`.)
+    For each name, at each dot from the left: `prefix*`, or `prefix.*` where a longer sibling of the
+    prefix is quantized; at last the name itself. (ModelOpt 0.47, export of `exclude_modules`.)
     """
     kept = tuple(quantized)
     exact = set(kept)

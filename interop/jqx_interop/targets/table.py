@@ -16,9 +16,9 @@ Describe = Callable[[Mapping[str, Choice], Iterable[str], str | None], dict[str,
 class Target:
     """One layout: its arrays, its descriptions, and who reads it.
 
-    `named` turns a QTensor into named arrays, `outputs` tells them beforehand; `describe` gives the content of
-    hf_quant_config.json, `quantization_config` what is added to config.json; `supports` whether it has a name for a
-    pair of formats.
+    `named` turns a QTensor into named arrays, `outputs` tells them beforehand; `describe` gives the
+    content of hf_quant_config.json, `quantization_config` what is added to config.json; `supports`
+    whether it has a name for a pair of formats.
     """
 
     name: str
