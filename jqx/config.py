@@ -118,6 +118,17 @@ KV_FORMATS = {
 }
 
 
+KINDS = ("linear", "embedding", "attention")
+
+TABLES = {
+    "input": (INPUT_FORMATS, "input format"),
+    "output": (INPUT_FORMATS, "output format"),
+    "kv": (KV_FORMATS, "KV cache format"),
+    "kind": (KINDS, "kind of module"),
+}
+"""Field of a rule -> the names it takes, and what they are."""
+
+
 def base_format(name: str) -> str:
     """The row of `FORMATS` that `name` varies: `int4` for `int4_b64`."""
     return name if name in FORMATS else name.rpartition("_b")[0]
@@ -165,20 +176,29 @@ def to_json(config: QuantConfig) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> QuantConfig:
-    """The inverse of `to_json`; a wrong key names the key and the nearest valid one."""
+    """The inverse of `to_json`. Raises InputError for a wrong key, with the nearest valid one, and for
+    a value that is no name of what it should be.
+    """
     _only(data, ("rules", "algorithm"), "configuration key")
-    allowed = tuple(field.name for field in dataclasses.fields(Rule))
-    for row in data["rules"]:
-        _only(row, allowed, "rule key")
-    rules = tuple(Rule(**row) for row in data["rules"])
-    for rule in rules:
-        if isinstance(rule.weight, str):
-            find_format(rule.weight)
-        if isinstance(rule.input, str) and rule.input not in INPUT_FORMATS:
-            raise nearest(rule.input, INPUT_FORMATS, "input format")
-        if isinstance(rule.kv, str) and rule.kv not in KV_FORMATS:
-            raise nearest(rule.kv, KV_FORMATS, "KV cache format")
-    return QuantConfig(rules=rules, algorithm=data.get("algorithm", "max"))
+    rows = data.get("rules")
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
+        raise InputError("rules is a list of mappings such as {path_glob: '*mlp*', weight: fp8}")
+    return QuantConfig(
+        rules=tuple(_rule(row) for row in rows), algorithm=data.get("algorithm", "max")
+    )
+
+
+def _rule(row: Mapping[str, Any]) -> Rule:
+    _only(row, tuple(field.name for field in dataclasses.fields(Rule)), "rule key")
+    for field, value in row.items():
+        if not isinstance(value, str) and (value is not None or field == "path_glob"):
+            raise InputError(f"{field}: {value!r} in a rule is no name; write it in quotes")
+    if row.get("weight") is not None:
+        find_format(row["weight"])
+    for field, (table, what) in TABLES.items():
+        if row.get(field) is not None and row[field] not in table:
+            raise nearest(row[field], table, what)
+    return Rule(**row)
 
 
 def _only(data: Mapping[str, Any], allowed: tuple[str, ...], what: str) -> None:

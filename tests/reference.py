@@ -102,7 +102,8 @@ def block_amax(w, rows, cols):
 
 def exponent(amax, bound):
     """ceil(log2(amax / bound)) with a correctly rounded float32 log2, in -127..127; -127 for
-    zero."""
+    zero.
+    """
     ratio = np.float64(np.float32(amax) / np.float32(bound))
     return (
         -127 if ratio < 2.0**-149 else int(np.clip(np.ceil(np.float32(np.log2(ratio))), -127, 127))
@@ -133,7 +134,8 @@ def nvfp4_scales(w, amax, name):
 
 def quantize(w, name, amax=None):
     """Codes one a byte, stored scales as uint8 or float32, tensor scale or None, float32 step of
-    every block."""
+    every block.
+    """
     element, rows, cols, kind, _ = ROWS[name]
     x = w.astype(np.float32)
     tensor_scale = None
@@ -157,7 +159,8 @@ def quantize(w, name, amax=None):
 
 def pack(codes, name):
     """Byte by byte: two neighbours of a row, or of a column for int4, the first in the low
-    nibble."""
+    nibble.
+    """
     element, n, k = ROWS[name][0], *codes.shape
     if element == "int4":
         return np.array(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The element codecs against tables: every tie and its neighbours, every bfloat16, random bit
-patterns."""
+patterns.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes made by ModelOpt: a committed file of small weights in every format, and whole exports
-where there are any."""
+where there are any.
+"""
 
 import importlib.util
 import json

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """QTensor as a pytree: through every transformation, over devices, to disk and back, with the same
-bytes."""
+bytes.
+"""
 
 import os
 import subprocess
@@ -130,7 +131,7 @@ def test_abstract_values_have_the_same_structure():
     for name in FORMATS:
         q = jax.eval_shape(lambda w, name=name: QTensor.quantize(w, name), w)
         assert q.shape == w.shape
-        assert q.bits == QTensor.quantize(w, name).bits
+        assert q.bits == 8 * q.nbytes / w.size >= FORMATS[name].bits
         assert jax.eval_shape(lambda q: q.decode(), q).shape == w.shape
     paths = [
         jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path({"w": q})[0]

@@ -134,6 +134,7 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
     row = find_recipe(recipe) if isinstance(recipe, str) else recipe
     if settings.target not in TARGETS:
         raise nearest(settings.target, TARGETS, "target")
+    refuse_unheard(row.name, row.config)
     kv = find_kv(settings.kv_cache)
     config = with_kv(apply_options(row.config, settings), kv)
     data_free = not calibrated(config) and (kv is None or KV_FORMATS[kv].cast)
@@ -192,10 +193,22 @@ def apply_options(config: QuantConfig, settings: Settings) -> QuantConfig:
             raise InputError(f"--set block={value}: block is a positive whole number")
         config = with_block(config, int(value))
     if settings.algorithm is not None:
-        if settings.algorithm not in ALGORITHMS:
-            raise nearest(settings.algorithm, ALGORITHMS, "algorithm")
         config = dataclasses.replace(config, algorithm=settings.algorithm)
+    if config.algorithm is not None and config.algorithm not in ALGORITHMS:
+        raise nearest(str(config.algorithm), ALGORITHMS, "algorithm")
     return config
+
+
+def refuse_unheard(name: str, config: QuantConfig) -> None:
+    """Raise InputError for what the rules of the recipe `name` ask for and nothing here does."""
+    for rule in config.rules:
+        if isinstance(rule.kv, str):
+            raise InputError(
+                f"recipe {name}: keys and values are the same everywhere and no rule of a recipe; "
+                f"take out kv: {rule.kv} and pass --kv-cache {rule.kv}"
+            )
+        if isinstance(rule.output, str):
+            raise InputError(f"recipe {name}: outputs are not quantized; take out {rule.output!r}")
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:

@@ -31,17 +31,21 @@ def read_recipe(path: str | Path) -> Recipe:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no mapping; its keys are {', '.join(KEYS)}")
+    try:
+        config = _config(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return Recipe(name=str(data.get("name", path.stem)), config=config)
+
+
+def _config(data: dict[str, Any]) -> QuantConfig:
+    """The rules of a file after those of the recipe it extends."""
     for key in data:
         if key not in KEYS:
-            raise nearest(str(key), KEYS, f"key in {path}:")
-    rules = data.get("rules") or []
-    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-        raise InputError(
-            f"{path}: rules is a list of mappings such as {{path_glob: '*mlp*', weight: fp8}}"
-        )
-    config = from_json({"rules": rules, "algorithm": data.get("algorithm", "max")})
-    if "extends" in data:
-        base = find_recipe(str(data["extends"])).config
-        algorithm = data.get("algorithm", base.algorithm)
-        config = QuantConfig(rules=(*base.rules, *config.rules), algorithm=algorithm)
-    return Recipe(name=str(data.get("name", path.stem)), config=config)
+            raise nearest(str(key), KEYS, "key")
+    config = from_json({"rules": data.get("rules") or [], "algorithm": data.get("algorithm", "max")})
+    if "extends" not in data:
+        return config
+    base = find_recipe(str(data["extends"])).config
+    algorithm = data.get("algorithm", base.algorithm)
+    return QuantConfig(rules=(*base.rules, *config.rules), algorithm=algorithm)

@@ -38,7 +38,8 @@ class Coverage:
         text += f" in {self.linears} linears"
         if not self.left:
             return text + "; no linear was left out"
-        return f"{text}; {len(self.left)} linears left as they are: {', '.join(summary(self.left))}"
+        left = "1 linear" if len(self.left) == 1 else f"{len(self.left)} linears"
+        return f"{text}; {left} left as they are: {', '.join(summary(self.left))}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

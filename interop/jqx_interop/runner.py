@@ -27,9 +27,9 @@ from .job import Job
 from .progress import Progress
 from .weights import read_tensor
 
-ROWS_PER_CALL = 1024
-"""Tokens in one call: fewer leave a CPU's matrix products short, more make its temporaries fall out
-of the allocator.
+ROWS_PER_CALL = 512
+"""Tokens in one call: fewer leave a CPU's matrix products short; with more, temporaries outgrow its
+caches and what its allocator keeps, which cost more than longer products gain (measured).
 """
 
 
@@ -94,7 +94,7 @@ class Runner:
         """Take every state through block `i`; returns what its linears and its attention met."""
         kind = kinds(self._spec)[i]
         prefix = block_prefix(self._spec, i)
-        params = self._parameters(i)
+        params = load_block(self._job, i, self._compute)
         affine = self._kv is not None and self._kv.affine
         program = Program(self._spec, kind, self._compute, affine, self._job.dtype.name)
         running: dict[str, Any] = {}
@@ -104,22 +104,11 @@ class Runner:
             positions = jnp.broadcast_to(
                 jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2]
             )
-            h, running, kept = _step(params, h, positions, running, program=program)
+            h, running, kept = block_step(params, h, positions, running, program=program)
             self._hidden.put(n, h)
             fold.add(kept)
             self._progress.advance(1)
         return self._checked(prefix, running, fold)
-
-    def _parameters(self, i: int) -> dict[str, Any]:
-        """The block's parameters in the dtype it computes with, cast once."""
-        prefix = block_prefix(self._spec, i) + "."
-        unit = self._job.inventory.units[self._job.inventory.blocks[i]]
-        leaves = {}
-        for name in unit:
-            array = jnp.asarray(read_tensor(self._job, name))
-            leaves[name.removeprefix(prefix)] = array.astype(self._compute.carrier)
-            self._job.checkpoint.release(name)
-        return unflatten(leaves)
 
     def _checked(self, prefix: str, running: dict[str, Any], fold: "Folding") -> BlockStats:
         found = {name: float(value) for name, value in running.items()}
@@ -141,6 +130,18 @@ class Runner:
             },
             kv=kv | {f"{prefix}.{name}": value for name, value in fold.results().items()},
         )
+
+
+def load_block(job: Job, i: int, compute: Compute) -> dict[str, Any]:
+    """The parameters of block `i` in the dtype it computes with, cast once."""
+    assert job.spec is not None
+    prefix = block_prefix(job.spec, i) + "."
+    leaves = {}
+    for name in job.inventory.units[job.inventory.blocks[i]]:
+        array = jnp.asarray(read_tensor(job, name))
+        leaves[name.removeprefix(prefix)] = array.astype(compute.carrier)
+        job.checkpoint.release(name)
+    return unflatten(leaves)
 
 
 def compute_of(name: str) -> Compute:
@@ -170,7 +171,7 @@ class Program:
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnums=(1,))
-def _step(
+def block_step(
     params: Any,
     h: jax.Array,
     positions: jax.Array,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stored number is: elements, formats, and the arithmetic between arrays and stored
-bytes."""
+bytes.
+"""
 
 from .elements import Element as Element
 from .encode import Encoded as Encoded

@@ -4,7 +4,8 @@
     code = round(x / scale),   x ~ code * scale        in float32 whatever the dtype of x
 
 The codes and scales are those of ModelOpt 0.47's export, byte for byte, for bfloat16, float16 and
-float32 matrices."""
+float32 matrices.
+"""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -40,7 +41,8 @@ def encode(w: Float[Array, "n k"], fmt: Format, amax: Float[Array, "..."] | None
     is static under jit.
 
     Raises InputError if the shape does not fit the format (`check_divides`), ValueError if the
-    shape of `amax` does not."""
+    shape of `amax` does not.
+    """
     check_divides(fmt, w.shape)
     codes, scale, tensor_scale = _codes(w, fmt, amax)
     # packing reads pairs of codes: fused with the division it would be computed one by one
@@ -64,8 +66,11 @@ def _codes(
 
 
 def decode(encoded: Encoded, fmt: Format, dtype: DTypeLike = jnp.float32) -> Float[Array, "n k"]:
-    """The matrix that `encoded` stands for: code * scale in float32 (scale * tensor_scale first),
-    then cast."""
+    """The matrix that `encoded` stands for: code * scale in float32, then cast to `dtype`.
+
+    With two levels scale * tensor_scale comes first. Values below 2^-126, and blocks whose E8M0
+    scale is 2^-127, decode as zeros on backends that read subnormals as zero, as XLA's CPU does.
+    """
     codes = lax.bitcast_convert_type(encoded.codes, jnp.uint8)
     return _values(
         PACKINGS[fmt.packing].unpack(codes), encoded.scale, encoded.tensor_scale, fmt
@@ -87,7 +92,8 @@ def fake_quantize(
     (straight-through); none for `amax`.
 
     Axes before the last count as rows, so a format with a scale per row has one per token of an
-    activation. `amax` as in `encode`. Raises InputError if blocks do not divide the last axis."""
+    activation. `amax` as in `encode`. Raises InputError if blocks do not divide the last axis.
+    """
     check_columns(fmt, x.shape)
     flat = x.reshape(-1, x.shape[-1])
     return _values(*_codes(flat, fmt, amax), fmt).astype(x.dtype).reshape(x.shape)

@@ -21,7 +21,8 @@ from .elements import E2M1, E2M1_DOWN, E4M3, E8M0, FLOAT32, INT4, INT8, Element
 @dataclass(frozen=True, slots=True)
 class Format:
     """How one matrix [n, k] is stored. Holds no arrays and no behaviour; hashable, so it can be
-    static under jit."""
+    static under jit.
+    """
 
     name: str
     element: Element
@@ -37,7 +38,8 @@ class Format:
     @property
     def bits(self) -> float:
         """Stored bits per weight with block scales; scales that serve a whole axis are not
-        counted."""
+        counted.
+        """
         rows, cols = self.block
         return self.element.bits + (self.scale.bits / (rows * cols) if rows and cols else 0.0)
 
@@ -84,7 +86,8 @@ def find_format(name: str) -> Format:
 
 def grid_shape(fmt: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the scales of one matrix [n, k]: () per tensor, else [blocks of rows, blocks of
-    columns]."""
+    columns].
+    """
     if fmt.block == (None, None):
         return ()
     return tuple(-(-size // (b or size)) for size, b in zip(shape, fmt.block, strict=True))
@@ -107,7 +110,8 @@ def check_divides(fmt: Format, shape: tuple[int, ...]) -> None:
 
 def check_columns(fmt: Format, shape: tuple[int, ...]) -> None:
     """Raises InputError if `fmt` needs whole blocks along the last axis and `shape` does not have
-    them."""
+    them.
+    """
     cols, k = fmt.block[1], shape[-1]
     if cols is None or fmt.ragged or k % cols == 0:
         return

@@ -3,7 +3,8 @@
 
 A magnitude is a bit pattern without its sign, and patterns of positive floats are ordered like the
 floats: the amax of bfloat16 or float16 values is an integer maximum over pairs, which a CPU does at
-the speed of memory."""
+the speed of memory.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ def block_amax(w: Float[Array, "n k"], block: Block) -> Float32[Array, "..."]:
 
 def weight_amax(w: Float[Array, "..."]) -> Float32[Array, ""]:
     """The largest magnitude in `w`, exact. NaN if there is a NaN, infinite if there is an
-    infinity."""
+    infinity.
+    """
     flat = w.reshape(-1, w.shape[-1]) if w.ndim else w.reshape(1, 1)
     return block_amax(flat, (None, None))[0, 0]
 

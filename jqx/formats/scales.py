@@ -9,8 +9,9 @@
 Where ModelOpt 0.47 exports finite numbers the bytes are the same: an amax of zero counts as
 element.max (scale 1), a block of zeros under a tensor scale stores 1, a block scale that underflows
 stores 2^-9. Where it exports NaN (a matrix of zeros in the per-tensor and two-level formats) an
-amax of zero counts as the bound too. A float32 scale that would be subnormal, which XLA and most
-engines read as zero, is 2^-126 here."""
+amax of zero counts as the bound too (scale 1, codes 0). A float32 scale that would be subnormal,
+which XLA and most engines read as zero, is 2^-126 here; such an amax is below 6e-36.
+"""
 
 import math
 from collections.abc import Callable
@@ -50,7 +51,8 @@ def find_scales(w: Float[Array, "n k"], fmt: Format, amax: Float[Array, "..."] |
     """The scales with which `fmt` stores `w`.
 
     `amax`: for formats of two levels the magnitude the tensor scale must reach, for others one per
-    scale in the shape of the scales; taken from `w` where None."""
+    scale in the shape of the scales; taken from `w` where None.
+    """
     return _RULES[fmt.scale.name](w, fmt, None if amax is None else amax.astype(jnp.float32))
 
 
@@ -85,7 +87,8 @@ def _float32_rule(
 
 def _amax_dtype(fmt: Format, dtype: jnp.dtype) -> jnp.dtype:
     """The dtype whose smallest normal number ModelOpt keeps an amax above: that of the weight for
-    rows and tiles."""
+    rows and tiles.
+    """
     rows, cols = fmt.block
     whole_row_or_tile = rows is not None and (cols is None or rows > 1)
     return dtype if whole_row_or_tile else jnp.dtype(jnp.float32)
@@ -131,7 +134,8 @@ def _ceil_log2(amax: Float32[Array, "*s"], bound: float) -> UInt8[Array, "*s"]:
 
 def _half_spacing(k: Int32[Array, "*s"]) -> Float32[Array, "*s"]:
     """Half the distance from the integer `k` to the next float32 above it, in units of 2^-23; 0 for
-    k = 0."""
+    k = 0.
+    """
     b = bits(jnp.abs(k).astype(jnp.float32))
     b = jnp.where(
         k < 0, b - 1, b

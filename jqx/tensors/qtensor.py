@@ -3,7 +3,8 @@
 
 It passes through jit, vmap, scan (stacked), `jax.eval_shape`, `jax.device_put` with shardings,
 orbax and flax.serialization: everything that depends on the number of leading axes is derived from
-the codes."""
+the codes.
+"""
 
 import math
 from collections.abc import Callable
@@ -27,7 +28,8 @@ class QTensor:
     """Codes and scales of the matrices [*lead, n, k] whose last axis is the contraction axis.
 
     The array they stand for has this axis at `axis`, counted from the end: -1 for weights stored
-    [out, in], -2 for Flax kernels [in, out]. Every member of a stack has its own scales."""
+    [out, in], -2 for Flax kernels [in, out]. Every member of a stack has its own scales.
+    """
 
     codes: Leaf  # as exported: float8_e4m3fn or int8 [*lead, n, k], or packed uint8
     scale: Leaf  # [*lead, blocks of rows, blocks of columns], [*lead] per tensor
@@ -55,7 +57,8 @@ class QTensor:
         The last two axes that remain with the contraction axis last are the matrix; axes before are
         a stack whose members are encoded one by one. `amax` as in `jqx.formats.encode`, with the
         leading axes of the stack; one number is shared by all. Raises InputError if the shape does
-        not fit the format or `axis` is no axis of `w`."""
+        not fit the format or `axis` is no axis of `w`.
+        """
         fmt = find_format(fmt) if isinstance(fmt, str) else fmt
         if not -w.ndim <= axis < w.ndim:
             raise InputError(f"An array of shape {w.shape} has no axis {axis}.")

@@ -6,7 +6,8 @@ Compilers rewrite float arithmetic: `x / d` becomes a multiplication by a rounde
 c) - c` becomes `a`, a cast to a narrow type and back disappears. Nothing here can be rewritten so:
 roundings are integer operations on the bit pattern, and the one division hides its divisor. All
 functions are elementwise and use only operations that Pallas kernels also have. XLA on a CPU reads
-float32 subnormals (below 2^-126) as zero; a sign is taken from the bits and stays."""
+float32 subnormals (below 2^-126) as zero; a sign is taken from the bits and stays.
+"""
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,7 +22,8 @@ BIAS = 127 << 23  # the bits of 1.0
 
 def bits(x: Float32[Array, "*s"]) -> Int32[Array, "*s"]:
     """The bit pattern of `x` as a signed integer: larger for larger positive floats, negative for
-    negative ones."""
+    negative ones.
+    """
     return lax.bitcast_convert_type(x, jnp.int32)
 
 
@@ -42,13 +44,15 @@ def divide(x: Float32[Array, "*s"], d: Float32[Array, "..."] | float) -> Float32
 
     A divisor that depends on `x` cannot be replaced by its reciprocal, which would put a quarter of
     the quotients one ulp off. Exact on CPUs and in interpreted kernels; GPUs divide approximately
-    unless a kernel says otherwise."""
+    unless a kernel says otherwise.
+    """
     return x / jnp.where(x == 0, jnp.float32(1), jnp.asarray(d, jnp.float32))
 
 
 def scale_up(x: Float32[Array, "..."], power: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """x * power for a power of two, exact for subnormal `x` too, which XLA on a CPU would read as
-    zero."""
+    zero.
+    """
     b = bits(x)
     m = b & MAGNITUDE
     # 2^-149 is 2^-23 times 2^-126, the latter off the exponent bits: compilers would merge the two
@@ -93,7 +97,8 @@ def _steps(a: Float32[Array, "*s"], exponent: int) -> Int32[Array, "*s"]:
 
 def _rounded_top(b: Int32[Array, "*s"], drop: int) -> Int32[Array, "*s"]:
     """The bits `b` of a magnitude without its lowest `drop` bits, rounded to nearest, ties to
-    even."""
+    even.
+    """
     return (b + ((1 << (drop - 1)) - 1) + ((b >> drop) & 1)) >> drop
 
 
@@ -120,7 +125,8 @@ def e4m3_value(code: UInt8[Array, "*s"]) -> Float32[Array, "*s"]:
 
 def e2m1_magnitude(x: Float32[Array, "*s"]) -> Int32[Array, "*s"]:
     """The index 0..7 of the value of {0, .5, 1, 1.5, 2, 3, 4, 6} nearest to |x|; ties to the even
-    index, above 5 is 7."""
+    index, above 5 is 7.
+    """
     a = jnp.minimum(from_bits(bits(x) & MAGNITUDE), jnp.float32(6))
     b = bits(a)
     return jnp.where(b < BIAS, _steps(a, 22), _rounded_top(b, 22) - (126 << 1))
@@ -140,7 +146,8 @@ def e2m1_code(
     """The E2M1 code 0..15 nearest to `x` as NVFP4 stores it: ties to even, and bit 3 says x < 0.
 
     Zero of either sign is 0, a negative number that rounds to zero is 8. The sign is read from
-    `sign_of` if given: the dividend of a quotient that may have underflowed to zero."""
+    `sign_of` if given: the dividend of a quotient that may have underflowed to zero.
+    """
     negative = is_negative(x if sign_of is None else sign_of)
     return (e2m1_magnitude(x) | jnp.where(negative, 8, 0)).astype(jnp.uint8)
 
@@ -167,14 +174,16 @@ def e2m1_value(code: UInt8[Array, "*s"]) -> Float32[Array, "*s"]:
 
 def e8m0_value(code: UInt8[Array, "*s"]) -> Float32[Array, "*s"]:
     """2^(code - 127) for a code 0..254; 2^-127 is subnormal. 255, which means NaN, gives
-    infinity."""
+    infinity.
+    """
     c = code.astype(jnp.int32)
     return from_bits(jnp.where(c == 0, 0x0040_0000, c << 23))
 
 
 def int_code(x: Float32[Array, "*s"], width: int) -> UInt8[Array, "*s"]:
     """`x` rounded to the nearest integer of `width` bits (ties to even, saturating), as a two's
-    complement byte."""
+    complement byte.
+    """
     bound = float(1 << (width - 1))
     clipped = jnp.clip(x, jnp.float32(-bound), jnp.float32(bound - 1))
     return bits(clipped + jnp.float32(1.5 * 2**23)).astype(

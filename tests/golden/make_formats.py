@@ -6,7 +6,8 @@ Run it with a Python that has torch and nvidia-modelopt: `python make_formats.py
 weights come from `weights()` and are cast to the dtype of a case. Keys: `format|dtype|case|array`,
 where array is codes, scale, tensor_scale or amax (what ModelOpt kept for the case) and case is max:
 amax from the weight; amax: half of it, or twice for formats with a tensor scale; ragged: edges of
-128 x 128 blocks. Arrays of float8 are stored as their bytes."""
+128 x 128 blocks. Arrays of float8 are stored as their bytes.
+"""
 
 import copy
 import sys
@@ -32,7 +33,8 @@ NAMES = {"weight": "codes", "weight_scale": "scale", "weight_scale_2": "tensor_s
 
 def weights() -> dict[str, np.ndarray]:
     """float32 weights with an outlier, zeros, ties, tiny and subnormal values, and rows of very
-    different size."""
+    different size.
+    """
     rng = np.random.RandomState(20)  # its stream is frozen
     w = rng.standard_normal((8, 128)) * np.array([1, 1, 0, 1, 1e-3, 1, 30, 1])[:, None] * 0.02
     w[1, 5] = 2688 * 2.0**-9  # makes the tensor scale of nvfp4 a power of two
@@ -49,7 +51,8 @@ def weights() -> dict[str, np.ndarray]:
 
 def export(w, name, factor):
     """ModelOpt's stored arrays of the torch matrix `w`, after its amax was multiplied by
-    `factor`."""
+    `factor`.
+    """
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.export.unified_export_hf import _export_quantized_weight

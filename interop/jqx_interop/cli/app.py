@@ -61,31 +61,29 @@ app.command(rich_help_panel="Tables")(told(tables.families))
 app.command(rich_help_panel="Tables")(told(tables.targets))
 
 
-def _print_version(value: bool) -> None:
+def _print_version(value: bool | None) -> None:
     if value:
         print(f"jqx {version('jqx')}")
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
+@app.callback()
 def root(
-    context: typer.Context,
     show_version: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
         ),
-    ] = False,
+    ] = None,
 ) -> None:
     """Quantize language models in JAX."""
-    if context.invoked_subcommand is None:
-        print(context.get_help())
 
 
 def main() -> None:
     """Run the command line."""
+    words = [word for word in sys.argv[1:] if word != DEBUG]
     try:
-        code = app([word for word in sys.argv[1:] if word != DEBUG], standalone_mode=False)
+        code = app(words or ["--help"], standalone_mode=False)
     except USAGE_ERROR as error:
         path = error.ctx.command_path if error.ctx else "jqx"
         text = " ".join(error.format_message().split()).rstrip(".")
