@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -26,9 +27,10 @@ from measure import median, run
 
 from jqx.models import BlockKind, kinds
 from jqx_interop.checkpoints import ShardWriter, TensorOut, plan_shards
+from jqx_interop.device import compute_of
 from jqx_interop.families import spec_from_config
 from jqx_interop.job import prepare
-from jqx_interop.runner import Program, block_step, compute_of, load_block
+from jqx_interop.runner import Program, block_step, load_block
 from jqx_interop.settings import Settings
 
 GOALS = {"fp8_pc_pt": 0.6, "w4a16_nvfp4": 0.4, "int4_wo": 0.4}
@@ -38,19 +40,19 @@ def calibration(a: argparse.Namespace) -> None:
     """One block of MODEL: its program against its products."""
     job = prepare(a.model, "fp8", Settings())
     assert job.spec is not None
-    kind, compute = kinds(job.spec)[0], compute_of("float32")
+    kind, compute = kinds(job.spec)[0], compute_of(a.compute, job.dtype)
     params = load_block(job, 0, compute)
-    h = jax.random.normal(jax.random.key(0), (a.rows // a.length, a.length, job.spec.hidden))
-    positions = jnp.broadcast_to(jnp.arange(a.length, dtype=jnp.int32)[None, :], h.shape[:2])
-    program = Program(job.spec, kind, compute, False, job.dtype.name)
+    shape = (a.rows // a.length, a.length, job.spec.hidden)
+    h = jax.random.normal(jax.random.key(0), shape).astype(compute.carrier)
+    program = Program(job.spec, kind, compute, job.dtype.name)
     shapes = [m.shape for m in job.inventory.modules if m.path.startswith("model.layers.0.")]
-    inputs = {k: jnp.ones((a.rows, k), jnp.float32) for _, k in shapes}
-    weights = [jnp.ones(shape, jnp.float32) for shape in shapes]
-    products = jax.jit(lambda x, ws: [x[w.shape[1]] @ w.T for w in ws])
-    state = [h, {}]
+    inputs = {k: jnp.ones((a.rows, k), compute.carrier) for _, k in shapes}
+    weights = [jnp.ones(shape, compute.carrier) for shape in shapes]
+    products = jax.jit(_products)
+    state = [h]
 
     def step() -> None:
-        state[0], state[1], _ = block_step(params, state[0], positions, state[1], program=program)
+        state[0], _, _ = block_step(params, state[0], program=program)
         jax.block_until_ready(state[0])
 
     def plain() -> None:
@@ -61,10 +63,17 @@ def calibration(a: argparse.Namespace) -> None:
     flops = linear + _attention_flops(kind, a.rows, a.length)
     rates = [(flops / s, linear / p) for s, p in zip(*times, strict=True)]
     print(
-        f"{a.rows} tokens a call: block with statistics {median([s for s, _ in rates]) / 1e9:.0f} "
+        f"{a.rows} tokens a call in {a.compute}: block with statistics {median([s for s, _ in rates]) / 1e9:.0f} "
         f"GFLOP/s, its products alone {median([p for _, p in rates]) / 1e9:.0f} GFLOP/s, ratio "
         f"{median([s / p for s, p in rates]):.2f} (goal 0.80)"
     )
+
+
+def _products(inputs: dict[int, jax.Array], weights: list[jax.Array]) -> list[jax.Array]:
+    """The block's matrix products alone, accumulated in float32."""
+    last = (((1,), (1,)), ((), ()))
+    dot = partial(jax.lax.dot_general, dimension_numbers=last, preferred_element_type=jnp.float32)
+    return [dot(inputs[w.shape[1]], w) for w in weights]
 
 
 def _attention_flops(kind: BlockKind, rows: int, length: int) -> float:
@@ -161,6 +170,7 @@ def main() -> None:
     one.add_argument("--rows", type=int, default=512)
     one.add_argument("--length", type=int, default=512)
     one.add_argument("--runs", type=int, default=30)
+    one.add_argument("--compute", default="float32", choices=["float32", "bf16"])
     one.set_defaults(work=calibration)
     two = commands.add_parser("encoding")
     two.add_argument("--gib", type=float, default=2.0)

@@ -147,20 +147,32 @@ def resolve(config: QuantConfig, path: str, kind: str) -> Choice:
 
 
 def with_block(config: QuantConfig, block: int) -> QuantConfig:
-    """`config` with `block` values to a scale in every block format of its weights."""
+    """`config` with `block` values to a scale in every block format of its weights.
+
+    Raises InputError if there is none.
+    """
+    found = {rule.weight for rule in config.rules if isinstance(rule.weight, str)}
+    varied = {name: _vary(name, block) for name in found if _has_blocks(name)}
+    if not varied:
+        raise InputError(f"block={block}: {', '.join(sorted(found))} has no blocks to change")
 
     def change(rule: Rule) -> Rule:
-        if not isinstance(rule.weight, str):
-            return rule
-        name = base_format(rule.weight)
-        row = FORMATS[name]
-        if row.block[0] != 1 or row.block[1] is None:
-            raise InputError(f"block={block}: {name} has no blocks along the input to change")
-        if block == row.block[1]:
-            return dataclasses.replace(rule, weight=name)
-        return dataclasses.replace(rule, weight=find_format(f"{name}_b{block}").name)
+        if isinstance(rule.weight, str) and rule.weight in varied:
+            return dataclasses.replace(rule, weight=varied[rule.weight])
+        return rule
 
     return dataclasses.replace(config, rules=tuple(change(rule) for rule in config.rules))
+
+
+def _has_blocks(name: str) -> bool:
+    rows, columns = find_format(name).block
+    return rows == 1 and columns is not None
+
+
+def _vary(name: str, block: int) -> str:
+    """The format `name` with another block: the name of the row itself where that has it."""
+    name = base_format(name)
+    return name if FORMATS[name].block[1] == block else find_format(f"{name}_b{block}").name
 
 
 def to_json(config: QuantConfig) -> dict[str, Any]:
@@ -176,8 +188,8 @@ def to_json(config: QuantConfig) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> QuantConfig:
-    """The inverse of `to_json`. Raises InputError for a wrong key, with the nearest valid one, and for
-    a value that is no name of what it should be.
+    """The inverse of `to_json`. Raises InputError for a wrong key, with the nearest valid one, and
+    for a value that is no name of what it should be.
     """
     _only(data, ("rules", "algorithm"), "configuration key")
     rows = data.get("rules")

@@ -103,11 +103,21 @@ KV = (
 )
 FEW = ("fp8", "int8_weight_only", "int4_blockwise_weight_only", "w4a16_nvfp4", "mxfp4", "mxfp8")
 QWEN2 = ("fp8_per_channel_per_token", "w4a16_nvfp4", "mxfp4", "w4a8_mxfp4_fp8", "mxfp8")
+MIXED = """\
+extends: nvfp4
+rules:
+  - {path_glob: "*o_proj*", weight: fp8, input: fp8}
+  - {path_glob: "*.1.mlp.*", weight: int4, input: null}
+  - {path_glob: "*.0.mlp.down_proj*", weight: null, input: null}
+"""
+"""A recipe file; make_exports.py says the same in the reference tool's words."""
+
 BLOCKS = "fp8_2d_blockwise_weight_only"  # the reference tool stores a matrix of one block as if it had none
 EXPORTS = (
     *(Export(model="wide" if recipe == BLOCKS else "llama", recipe=recipe) for recipe in CONFIGS),
     *(Export(model="llama", recipe=recipe, kv=kv) for recipe, kv in KV),
     Export(model="llama", recipe="fp8", kv="fp8", shard="60KB"),
+    Export(model="llama", recipe="mixed"),
     *(Export(model=model, recipe=recipe) for model in ("llama_f16", "llama_f32") for recipe in FEW),
     *(Export(model="qwen2", recipe=recipe) for recipe in ("fp8", "nvfp4", "int8", *QWEN2)),
     Export(model="qwen2", recipe="nvfp4", kv="fp8_affine"),

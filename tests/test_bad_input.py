@@ -115,7 +115,19 @@ RECIPE_FILES = {
     "rules that are none": ("rules: {weight: fp8}\n", ("recipe.yaml", "rules", "list")),
     "a number for a format": ("rules: [{weight: 8}]\n", ("recipe.yaml", "weight", "8")),
     "a number for a path": ("rules: [{path_glob: 8}]\n", ("recipe.yaml", "path_glob", "8")),
-    "a pair without a layout": ("rules: [{weight: int4, input: int8}]\n", ("embed_tokens", "int4", "int8")),
+    "a pair without a layout": (
+        "rules: [{weight: int4, input: int8, kind: linear}]\n",
+        ("0.self_attn.q_proj", "no layout", "int4", "int8"),
+    ),
+    "embeddings": ("rules: [{weight: fp8, input: fp8}]\n", ("embed_tokens", "kind: linear")),
+    "a head that is not reached": (
+        "extends: fp8\nrules: [{path_glob: '*lm_head*', weight: fp8, input: fp8}]\n",
+        ("lm_head", "--activations"),
+    ),
+    "siblings apart": (
+        "extends: fp8\nrules: [{path_glob: '*k_proj*', weight: int8, input: int8}]\n",
+        ("engines fuse", "q_proj to fp8", "k_proj to int8"),
+    ),
     "selects nothing": ("rules: [{path_glob: nowhere, weight: fp8}]\n", ("recipe", "none", "self_attn.q_proj")),
 }
 
@@ -421,7 +433,12 @@ def test_no_room_at_all(here: Path, monkeypatch):
 
 def test_no_room_for_hidden_states(here: Path, monkeypatch):
     reserve = os.posix_fallocate
-    monkeypatch.setattr(os, "posix_fallocate", lambda d, a, n: full() if n == 32768 else reserve(d, a, n))
+
+    def small(descriptor: int, start: int, size: int) -> None:
+        hidden = "hidden" in os.readlink(f"/proc/self/fd/{descriptor}")
+        full() if hidden else reserve(descriptor, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", small)
     saying = ("out.jqx-partial", "No space left", "the same command")
     untouched(here, "quantize", MODEL, "out", *FP8, "--max-memory", "1KiB", saying=saying)
 

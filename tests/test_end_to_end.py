@@ -13,6 +13,7 @@ from exports import EXPORTS, Export
 import jqx
 import jqx_interop as ji
 from jqx_interop.checkpoints import open_checkpoint
+from jqx_interop.recipe_files import read_recipe
 
 SHORTER = {
     **{"fp8_per_channel_per_token": "fp8_pc_pt", "fp8_2d_blockwise_weight_only": "fp8_pb_wo"},
@@ -46,10 +47,17 @@ def settings(root: Path, model: str, *, recorded: bool = True) -> dict:
 def quantized(root: Path, out: Path, row: Export, **more) -> dict[str, str]:
     """File -> digest of the export `row` made here."""
     ji.ptq(
-        *(root / row.model, out, row.recipe),
+        *(root / row.model, out, recipe_of(root, row)),
         **{"kv_cache": row.kv, "max_shard_size": row.shard, **settings(root, row.model), **more},
     )
     return {file.name: exports.short(file.read_bytes()) for file in sorted(out.glob("*.safetensors"))}
+
+
+def recipe_of(root: Path, row: Export) -> str | jqx.Recipe:
+    if row.recipe != "mixed":
+        return row.recipe
+    (root / "mixed.yaml").write_text(exports.MIXED)
+    return read_recipe(root / "mixed.yaml")
 
 
 def same_tensors(out: Path, row: Export) -> set[str]:

@@ -79,7 +79,7 @@ def test_bf16_rounds_where_torch_rounds(case, recorded):
 def test_native_bf16_equals_rounded_float32(case):
     """Two carriers of the same values; a CPU sums their products in different orders."""
     params = params_of(case, "bfloat16")
-    native = models.forward(spec_of(case), params, IDS, COMPUTES["bf16", True])
+    native = models.forward(spec_of(case), params, IDS, COMPUTES["bf16", "accelerator"])
     rounded = np.asarray(models.forward(spec_of(case), params, IDS, BF16))
     assert np.mean(np.asarray(native) == rounded) > 0.5
     assert distance(native, rounded) < 0.05

@@ -33,7 +33,7 @@ from .checkpoints import (
     model_dtype,
     open_checkpoint,
 )
-from .families import FAMILIES, spec_from_config
+from .families import spec_from_config
 from .inventory import FLOATS, Inventory, Module, take_inventory
 from .settings import Settings
 from .targets import TARGETS
@@ -159,6 +159,7 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
         choices=_choices(config, inventory, row.name, TARGETS[settings.target].supports),
         outputs=(),
     )
+    _refuse_unreached(job)
     if job.needs_kv and spec is None:
         raise InputError(
             f"--kv-cache {kv} needs the keys and values of the model, and model_type "
@@ -166,6 +167,17 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
             f"use --kv-cache none or one that ends in _cast"
         )
     return dataclasses.replace(job, outputs=tuple(_outputs(job)))
+
+
+def _refuse_unreached(job: Job) -> None:
+    """Calibration runs the blocks, so it meets no inputs of linears outside of them."""
+    inside = {name for unit in job.inventory.blocks for name in job.inventory.units[unit]}
+    for path, choice in job.choices.items() if job.settings.activations is None else ():
+        if input_bound(job.config, choice) is not None and path + ".weight" not in inside:
+            raise InputError(
+                f"the inputs of {path} are not calibrated here, only those of linears in blocks; "
+                "quantize its weight alone, leave it out, or record its inputs for --activations"
+            )
 
 
 def calibrated(config: QuantConfig) -> bool:
@@ -228,29 +240,27 @@ def optional_tensors(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def _spec(checkpoint: Checkpoint, *, must: bool) -> ModelSpec | None:
-    if must or checkpoint.config.get("model_type") in FAMILIES:
+    """What the configuration describes; None if that is not defined here and need not be."""
+    try:
         return spec_from_config(checkpoint.config)
-    return None
+    except InputError as error:
+        if must:
+            raise InputError(f"{checkpoint.path}: {error}") from error
+        return None
 
 
 def _choices(
     config: QuantConfig, inventory: Inventory, name: str, supports: Callable[[Choice], bool]
 ) -> dict[str, Choice]:
-    choices: dict[str, Choice] = {}
-    problems: list[str] = []
-    for module in inventory.modules:
-        choice = resolve(config, module.weight, module.kind)
-        if choice.weight is None:
-            continue
-        choices[module.path] = choice
-        if not supports(choice):
-            problems.append(
-                f"{module.path}: no layout name for {choice.weight} with {choice.input} inputs"
-            )
-        try:
-            check_divides(find_format(choice.weight), module.shape)
-        except InputError as error:
-            problems.append(f"{module.path}: {error}")
+    resolved = {m.path: resolve(config, m.weight, m.kind) for m in inventory.modules}
+    choices = {path: choice for path, choice in resolved.items() if choice.weight is not None}
+    problems = [
+        f"{module.path}: {problem}"
+        for module in inventory.modules
+        if module.path in choices
+        and (problem := _problem(module, choices[module.path], supports)) is not None
+    ]
+    problems += _siblings_apart(choices, inventory)
     if problems:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more)
@@ -261,6 +271,28 @@ def _choices(
             + (f" (the first is {linears[0]})" if linears else "")
         )
     return choices
+
+
+def _problem(module: Module, choice: Choice, supports: Callable[[Choice], bool]) -> str | None:
+    """Why a module cannot be stored as `choice` says."""
+    if module.kind == "embedding":
+        return "embeddings are read as they are; narrow the rule of the recipe with kind: linear"
+    if not supports(choice):
+        return f"no layout name for {choice.weight} with {choice.input} inputs"
+    try:
+        check_divides(find_format(choice.weight or ""), module.shape)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _siblings_apart(choices: Mapping[str, Choice], inventory: Inventory) -> Iterable[str]:
+    """Linears that engines fuse, and that are quantized to different formats."""
+    for group in inventory.siblings:
+        kinds_of = {p: f"{choices[p].weight}, {choices[p].input}" for p in group if p in choices}
+        if len(set(kinds_of.values())) > 1:
+            found = "; ".join(f"{path} to {kind}" for path, kind in kinds_of.items())
+            yield f"engines fuse linears that read one input, so give them one format: {found}"
 
 
 def _attentions(spec: ModelSpec, inventory: Inventory) -> Iterable[Attention]:

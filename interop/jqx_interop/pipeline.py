@@ -29,12 +29,13 @@ from jqx.recipes import Recipe
 from .checkpoints import ShardWriter, Workspace, digest, parse_size, plan_shards, small_files
 from .data import Activations, CalibrationSet, load_calibration
 from .describe import write_descriptions
+from .device import compute_of
 from .hidden import HiddenStates
 from .job import Job, prepare
 from .progress import Progress, Silent
 from .recorded import Recorded
 from .report import Report, report_of
-from .runner import ROWS_PER_CALL, BlockStats, Runner, compute_of
+from .runner import ROWS_PER_CALL, BlockStats, Runner
 from .settings import Settings
 from .units import Finisher
 
@@ -131,7 +132,7 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         "target": job.settings.target,
         "calibration": inputs.calibration.digest if inputs.calibration else None,
         "activations": inputs.activations.digest if inputs.activations else None,
-        "compute": job.settings.compute,
+        "compute": repr(compute_of(job.settings.compute, job.dtype)),
         "batch_size": job.settings.batch_size,
         "max_shard_size": parse_size(job.settings.max_shard_size),
         "versions": {name: version(name) for name in ("jqx", "jax", "jaxlib")},
@@ -217,7 +218,7 @@ def _source(job: Job, inputs: Inputs, space: Workspace, progress: Progress) -> S
 def _hidden_states(job: Job, data: CalibrationSet, space: Workspace) -> HiddenStates:
     """Room for the hidden states: on the device up to `max_memory`, else in files."""
     assert job.spec is not None
-    compute = compute_of(job.settings.compute)
+    compute = compute_of(job.settings.compute, job.dtype)
     n, tokens = sum(len(batch) for batch in data.batches), data.batches[0].shape[1]
     rows = job.settings.batch_size or max(1, ROWS_PER_CALL // tokens)
     rows = -(-n // -(-n // min(rows, n)))

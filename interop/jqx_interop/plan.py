@@ -23,9 +23,10 @@ from jqx.formats import find_format
 from jqx.models import ModelSpec
 
 from .checkpoints import parse_size, plan_shards
+from .device import compute_of
 from .job import Job
 from .report import Coverage, coverage_of
-from .runner import ROWS_PER_CALL, compute_of
+from .runner import ROWS_PER_CALL
 from .weights import CHUNK, encode_weight
 
 PROCESS = 350 << 20  # bytes of a process that has loaded JAX and compiled a few programs
@@ -112,7 +113,7 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
     encoding = 2 * min(largest, CHUNK) * (4 + 4 + 2) + largest
     if not tokens or job.spec is None:
         return PROCESS + encoding, 0
-    carrier = np.dtype(compute_of(job.settings.compute).carrier).itemsize
+    carrier = np.dtype(compute_of(job.settings.compute, job.dtype).carrier).itemsize
     kind = job.spec.blocks[0]
     block = _block_parameters(job.spec) * carrier
     hidden = tokens * job.spec.hidden * carrier

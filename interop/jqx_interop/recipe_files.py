@@ -43,7 +43,9 @@ def _config(data: dict[str, Any]) -> QuantConfig:
     for key in data:
         if key not in KEYS:
             raise nearest(str(key), KEYS, "key")
-    config = from_json({"rules": data.get("rules") or [], "algorithm": data.get("algorithm", "max")})
+    config = from_json(
+        {"rules": data.get("rules") or [], "algorithm": data.get("algorithm", "max")}
+    )
     if "extends" not in data:
         return config
     base = find_recipe(str(data["extends"])).config

@@ -12,10 +12,11 @@ import numpy as np
 
 from jqx.calibrate import amax, input_amax, stored_amax
 from jqx.errors import InputError
-from jqx.models import BF16, FLOAT32, block_prefix, kinds, project_kv
+from jqx.models import block_prefix, kinds, project_kv
 from jqx.tensors.paths import unflatten
 
 from .data import Activations
+from .device import compute_of
 from .job import Attention, Job, input_bound
 from .runner import BlockStats, Folding
 from .weights import read_tensor
@@ -79,7 +80,7 @@ class Recorded:
         largest: dict[str, list[np.float32]] = {"k": [], "v": []}
         for batch in batches:
             x = jnp.asarray(batch)
-            compute = FLOAT32 if x.dtype == jnp.float32 else BF16
+            compute = compute_of("bf16" if x.dtype == jnp.bfloat16 else "float32", job.dtype)
             positions = jnp.broadcast_to(
                 jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2]
             )

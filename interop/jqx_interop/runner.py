@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqx.calibrate import AffineKV, affine_fold, affine_start, amax
+from jqx.calibrate import AffineKV, affine_fold, affine_start, amax, input_amax
+from jqx.config import KVFormat
 from jqx.errors import InputError
-from jqx.models import COMPUTES, BlockKind, Compute, ModelSpec, block, block_prefix, embed, kinds
+from jqx.models import BlockKind, Compute, ModelSpec, block, block_prefix, embed, kinds
 from jqx.tensors.paths import unflatten
 from jqx.transforms import Use, observe
 
 from .data import CalibrationSet
+from .device import compute_of
 from .hidden import HiddenStates
 from .job import Job
 from .progress import Progress
@@ -51,7 +53,7 @@ class Runner:
         assert job.spec is not None
         self._job, self._spec, self._data = job, job.spec, data
         self._hidden, self._progress = hidden, progress
-        self._compute = compute_of(job.settings.compute)
+        self._compute = compute_of(job.settings.compute, job.dtype)
         self._kv = job.kv_format if job.needs_kv else None
         self._blocks = {unit: i for i, unit in enumerate(job.inventory.blocks)}
 
@@ -95,23 +97,19 @@ class Runner:
         kind = kinds(self._spec)[i]
         prefix = block_prefix(self._spec, i)
         params = load_block(self._job, i, self._compute)
-        affine = self._kv is not None and self._kv.affine
-        program = Program(self._spec, kind, self._compute, affine, self._job.dtype.name)
-        running: dict[str, Any] = {}
+        program = Program(self._spec, kind, self._compute, self._job.dtype.name, self._kv)
+        found: list[dict[str, jax.Array]] = []
         fold = Folding([len(batch) for batch in self._data.batches], self._job.dtype)
         for n in range(self._hidden.count):
-            h = self._hidden.get(n)
-            positions = jnp.broadcast_to(
-                jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2]
-            )
-            h, running, kept = block_step(params, h, positions, running, program=program)
+            h, maxima, kept = block_step(params, self._hidden.get(n), program=program)
             self._hidden.put(n, h)
+            found.append(maxima)
             fold.add(kept)
             self._progress.advance(1)
-        return self._checked(prefix, running, fold)
+        largest = {name: float(input_amax(part[name] for part in found)) for name in found[0]}
+        return self._checked(prefix, largest, fold)
 
-    def _checked(self, prefix: str, running: dict[str, Any], fold: "Folding") -> BlockStats:
-        found = {name: float(value) for name, value in running.items()}
+    def _checked(self, prefix: str, found: dict[str, float], fold: "Folding") -> BlockStats:
         for name, value in found.items():
             if not np.isfinite(value):
                 what = name.removesuffix(".weight")
@@ -120,79 +118,62 @@ class Runner:
                     "check the weights, or calibrate in another precision (--compute)"
                 )
         names = self._spec.names
-        kv_names = {names.kept_k, names.kept_v}
-        kv = {f"{prefix}.{n}": (v, None) for n, v in found.items() if n in kv_names and self._kv}
+        kept = {n: (v, None) for n, v in found.items() if n in (names.kept_k, names.kept_v)}
+        inputs = {n.removesuffix(".weight"): v for n, v in found.items() if n not in kept}
         return BlockStats(
-            input_amax={
-                f"{prefix}.{n.removesuffix('.weight')}": v
-                for n, v in found.items()
-                if n not in kv_names
-            },
-            kv=kv | {f"{prefix}.{name}": value for name, value in fold.results().items()},
+            input_amax={f"{prefix}.{name}": value for name, value in inputs.items()},
+            kv={f"{prefix}.{name}": kv for name, kv in (kept | fold.results()).items()},
         )
 
 
 def load_block(job: Job, i: int, compute: Compute) -> dict[str, Any]:
-    """The parameters of block `i` in the dtype it computes with, cast once."""
+    """The parameters of block `i`, matrices in the dtype that products take, cast once."""
     assert job.spec is not None
     prefix = block_prefix(job.spec, i) + "."
     leaves = {}
     for name in job.inventory.units[job.inventory.blocks[i]]:
         array = jnp.asarray(read_tensor(job, name))
-        leaves[name.removeprefix(prefix)] = array.astype(compute.carrier)
+        matrix = array.ndim > 1
+        leaves[name.removeprefix(prefix)] = array.astype(compute.carrier) if matrix else array
         job.checkpoint.release(name)
     return unflatten(leaves)
 
 
-def compute_of(name: str) -> Compute:
-    """The arithmetic called "auto", "float32" or "bf16", on the default device.
-
-    Raises InputError for another name.
-    """
-    accelerator = jax.default_backend() != "cpu"
-    if name == "auto":
-        name = "bf16" if accelerator else "float32"
-    if (name, accelerator) not in COMPUTES:
-        raise InputError(f"--compute {name!r} is unknown; use auto, float32 or bf16")
-    return COMPUTES[name, accelerator]
-
-
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What one compiled program of a block depends on. `affine`: keys and values come out whole,
-    because their order matters; `dtype`: of the model, in which magnitudes are taken.
+    """What one compiled program of a block depends on. `dtype`: the model's, in which magnitudes are
+    taken; `kv`: how keys and values will be stored, if statistics of them are needed.
     """
 
     spec: ModelSpec
     kind: BlockKind
     compute: Compute
-    affine: bool
     dtype: str
+    kv: KVFormat | None = None
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnums=(1,))
 def block_step(
     params: Any,
     h: jax.Array,
-    positions: jax.Array,
-    running: dict[str, jax.Array],
     *,
     program: Program,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """One call: states after the block, the running maxima, and whole keys and values if asked."""
+    """One call: states after the block, the maxima, and whole keys and values if asked."""
 
     def collect(use: Use, x: jax.Array) -> jax.Array | None:
-        if use.op == "name" and program.affine:
-            return x
-        return amax(x, jnp.dtype(program.dtype)) if use.op in ("dot", "name") else None
+        if use.op == "name" and program.kv and program.kv.affine:
+            return x  # whole, because the order of batches matters
+        seen = use.op == "dot" or (use.op == "name" and program.kv)
+        return amax(x, jnp.dtype(program.dtype)) if seen else None
 
     def run(params: Any, h: jax.Array) -> jax.Array:
         return block(program.spec, program.kind, params, h, positions, program.compute)
 
+    positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2])
     out, found = observe(run, collect)(params, h)
     kept = {name: found.pop(name) for name in list(found) if found[name].ndim}
-    maxima = {n: jnp.maximum(v, running[n]) if n in running else v for n, v in found.items()}
-    return out, maxima, kept
+    return out, found, kept
 
 
 class Folding:

@@ -31,9 +31,9 @@ def settle(x: Float[Array, "*s"], compute: Compute) -> Float[Array, "*s"]:
     """End an operation: the float32 result `x` becomes values of the compute dtype in the carrier's
     arrays.
     """
-    if compute.carrier == compute.dtype:
-        return x.astype(compute.carrier)
-    return round_to(x, compute.dtype)
+    if compute.strict:
+        x = round_to(x, compute.dtype)
+    return x.astype(compute.carrier)
 
 
 def wide(x: Float[Array, "*s"]) -> Float[Array, "*s"]:

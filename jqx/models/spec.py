@@ -127,14 +127,16 @@ class ModelSpec:
 class Compute:
     """The arithmetic: every operation accumulates in float32, and its result is a value of `dtype`.
 
-    `carrier` is the dtype of the arrays that hold those values. A float32 carrier of bfloat16
-    values is rounded after every operation (CPUs multiply float32 matrices fastest); a bfloat16
-    carrier is the accelerators' own. `attention` is "chunks" (2-D products per key/value head and
-    128 queries, for CPUs) or "batched" (for accelerators).
+    `carrier` is the dtype of the arrays that hold those values, and of the operands of matrix
+    products: a float32 carrier of bfloat16 values is for CPUs without units that multiply them.
+    `strict` rounds every result on its bits; otherwise the compiler may keep more precision between
+    operations that it fuses. `attention` is "chunks" (2-D products per key/value head and 128
+    queries, for CPUs) or "batched" (for accelerators).
     """
 
     dtype: jnp.dtype = jnp.dtype("float32")
     carrier: jnp.dtype = jnp.dtype("float32")
+    strict: bool = True
     attention: str = "chunks"
 
     @property
@@ -146,14 +148,17 @@ class Compute:
         return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
 
 
+_BFLOAT16 = jnp.dtype("bfloat16")
 FLOAT32 = Compute()
-BF16 = Compute(dtype=jnp.dtype("bfloat16"))
+BF16 = Compute(dtype=_BFLOAT16)
 COMPUTES = {
-    ("float32", False): FLOAT32,
-    ("bf16", False): BF16,
-    ("float32", True): Compute(attention="batched"),
-    ("bf16", True): Compute(
-        dtype=jnp.dtype("bfloat16"), carrier=jnp.dtype("bfloat16"), attention="batched"
+    ("float32", "cpu"): FLOAT32,
+    ("bf16", "cpu"): BF16,
+    ("float32", "cpu with bf16 units"): FLOAT32,
+    ("bf16", "cpu with bf16 units"): Compute(dtype=_BFLOAT16, carrier=_BFLOAT16),
+    ("float32", "accelerator"): Compute(attention="batched"),
+    ("bf16", "accelerator"): Compute(
+        dtype=_BFLOAT16, carrier=_BFLOAT16, strict=False, attention="batched"
     ),
 }
-"""(name, on an accelerator?) -> Compute."""
+"""(name, kind of device) -> Compute."""

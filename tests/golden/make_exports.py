@@ -34,6 +34,15 @@ KV_CONFIGS = {
     "nvfp4": "NVFP4_KV_CFG",
     "nvfp4_affine": "NVFP4_AFFINE_KV_CFG",
 }
+INT4 = {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}
+MIXED = (  # exports.MIXED
+    ("*o_proj*weight_quantizer", {"cfg": FP8}),
+    ("*o_proj*input_quantizer", {"cfg": FP8}),
+    ("*.1.mlp.*weight_quantizer", {"cfg": INT4}),
+    ("*.1.mlp.*input_quantizer", {"enable": False}),
+    ("*.0.mlp.down_proj*", {"enable": False}),
+)
+
 KEPT = ("config.json", "hf_quant_config.json", "model.safetensors.index.json")
 
 
@@ -81,7 +90,9 @@ def record(folder: Path, model: str) -> None:
 
 
 def quant_config(row: exports.Export) -> dict:
-    config = copy.deepcopy(getattr(mtq, exports.CONFIGS[row.recipe]))
+    config = copy.deepcopy(getattr(mtq, exports.CONFIGS.get(row.recipe, "NVFP4_DEFAULT_CFG")))
+    if row.recipe == "mixed":
+        config["quant_cfg"] += [{"quantizer_name": name, **entry} for name, entry in MIXED]
     if row.kv in CAST:
         entries = [
             {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {**CAST[row.kv], "use_constant_amax": True}}

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which arithmetic the device at hand is good at."""
+
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqx.errors import nearest
+from jqx.models import COMPUTES, Compute
+
+CPU_FLAGS = Path("/proc/cpuinfo")
+BF16_UNITS = "amx_bf16"
+NAMES = ("auto", "float32", "bf16")
+
+
+@cache
+def device_kind() -> str:
+    """The second half of the keys of COMPUTES for JAX's default device."""
+    if jax.default_backend() != "cpu":
+        return "accelerator"
+    flags = CPU_FLAGS.read_text() if CPU_FLAGS.is_file() else ""
+    return "cpu with bf16 units" if BF16_UNITS in flags.split() else "cpu"
+
+
+def compute_of(name: str, dtype: np.dtype) -> Compute:
+    """The arithmetic called "float32" or "bf16"; "auto" is bf16 for a bfloat16 model on a device
+    with matrix units for it, else float32. `dtype`: the model's.
+
+    Raises InputError for another name.
+    """
+    if name not in NAMES:
+        raise nearest(name, NAMES, "compute")
+    device = device_kind()
+    if name == "auto":
+        units = device != "cpu" and dtype == jnp.bfloat16
+        name = "bf16" if units else "float32"
+    return COMPUTES[name, device]
