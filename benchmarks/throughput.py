@@ -61,11 +61,12 @@ def calibration(a: argparse.Namespace) -> None:
     times = _alternate([step, plain], a.runs)
     linear = 2 * a.rows * sum(n * k for n, k in shapes)
     flops = linear + _attention_flops(kind, a.rows, a.length)
-    rates = [(flops / s, linear / p) for s, p in zip(*times, strict=True)]
+    rates = [(flops / s / 1e9, linear / p / 1e9) for s, p in zip(*times, strict=True)]
+    block, alone = (median([row[i] for row in rates]) for i in range(2))
     print(
-        f"{a.rows} tokens a call in {a.compute}: block with statistics {median([s for s, _ in rates]) / 1e9:.0f} "
-        f"GFLOP/s, its products alone {median([p for _, p in rates]) / 1e9:.0f} GFLOP/s, ratio "
-        f"{median([s / p for s, p in rates]):.2f} (goal 0.80)"
+        f"{a.rows} tokens a call in {a.compute}: block with statistics {block:.0f} GFLOP/s, "
+        f"its products alone {alone:.0f} GFLOP/s, "
+        f"ratio {median([s / p for s, p in rates]):.2f} (goal 0.80)"
     )
 
 

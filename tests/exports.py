@@ -19,7 +19,11 @@ from safetensors.numpy import load_file, save_file
 
 GOLDEN = Path(__file__).with_name("golden") / "exports"
 
-DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("f2"), "float32": np.dtype("f4")}
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype("f2"),
+    "float32": np.dtype("f4"),
+}
 
 _LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -130,7 +134,9 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     head_dim = hidden // config["num_attention_heads"]
     kv = config["num_key_value_heads"] * head_dim
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden)
+    }
     for i in range(config["num_hidden_layers"]):
         attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
         for letter, rows in (("q", hidden), ("k", kv), ("v", kv)):
@@ -169,13 +175,19 @@ def draw(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def tensors(model: str) -> dict[str, np.ndarray]:
     config = MODELS[model]
-    return {name: draw(name, shape, DTYPES[config["dtype"]]) for name, shape in shapes(config).items()}
+    return {
+        name: draw(name, shape, DTYPES[config["dtype"]]) for name, shape in shapes(config).items()
+    }
 
 
 def token_ids(model: str) -> np.ndarray:
     """Calibration ids [batches, batch, length]."""
     name = "qwen2" if model == "qwen2" else "llama"
-    return np.random.RandomState(1).randint(0, MODELS[model]["vocab_size"], BATCHES[name]).astype(np.int64)
+    return (
+        np.random.RandomState(1)
+        .randint(0, MODELS[model]["vocab_size"], BATCHES[name])
+        .astype(np.int64)
+    )
 
 
 @cache

@@ -99,14 +99,18 @@ def child(work: Callable[[], dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     status = os.waitpid(pid, 0)[1]
     if os.WIFSIGNALED(status):
         return "killed", {}
-    return {0: "published", 2: "refused"}.get(os.WEXITSTATUS(status), "failed"), json.loads(said or "{}")
+    return {0: "published", 2: "refused"}.get(os.WEXITSTATUS(status), "failed"), json.loads(
+        said or "{}"
+    )
 
 
 def content(folder: Path) -> dict[str, bytes] | None:
     return {f.name: f.read_bytes() for f in folder.iterdir()} if folder.exists() else None
 
 
-def one_kill(root: Path, number: int, settings: dict[str, Any], expected: dict[str, bytes]) -> dict[str, Any]:
+def one_kill(
+    root: Path, number: int, settings: dict[str, Any], expected: dict[str, bytes]
+) -> dict[str, Any]:
     """The row of one kill; OUT and all that belongs to it is removed afterwards."""
     ended, _ = child(lambda: quantize(root, "out", settings, number))
     partial, out = root / "out.jqx-partial", content(root / "out")

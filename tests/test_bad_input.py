@@ -74,7 +74,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "block of nothing": (("--qformat", "nvfp4", "--set", "block=0"), ("block=0", "positive")),
     "block of a format without": (("--set", "block=64"), ("block=64", "fp8 has no blocks")),
     "compute": (("--compute", "bf17"), ("'bf17'", "bf16")),
-    "compute that is not needed": (("--qformat", "mxfp8", "--compute", "int8"), ("'int8'", "float32")),
+    "compute that is not needed": (
+        ("--qformat", "mxfp8", "--compute", "int8"),
+        ("'int8'", "float32"),
+    ),
     "memory": (("--max-memory", "lots"), ("max_memory", "'lots'", "4GiB")),
     "shard size": (("--max-shard-size", "0"), ("max_shard_size", "'0'", "10GB")),
     "batch size": (("--batch-size", "-1"), ("batch_size is -1", "at least 0")),
@@ -106,7 +109,10 @@ RECIPE_FILES = {
     "unknown input format": ("rules: [{weight: fp8, input: fp9}]\n", ("fp9", "fp8")),
     "unknown KV format": ("rules: [{kv: fp9}]\n", ("fp9", "fp8")),
     "KV format": ("extends: fp8\nrules: [{kv: fp8}]\n", ("recipe", "--kv-cache fp8")),
-    "output format": ("extends: fp8\nrules: [{output: fp8}]\n", ("recipe", "outputs are not quantized")),
+    "output format": (
+        "extends: fp8\nrules: [{output: fp8}]\n",
+        ("recipe", "outputs are not quantized"),
+    ),
     "unknown kind": ("rules: [{weight: fp8, kind: conv}]\n", ("'conv'", "linear")),
     "unknown base": ("extends: fp9\n", ("'fp9'", "fp8")),
     "unknown algorithm": ("extends: fp8\nalgorithm: maxx\n", ("'maxx'", "max")),
@@ -128,14 +134,27 @@ RECIPE_FILES = {
         "extends: fp8\nrules: [{path_glob: '*k_proj*', weight: int8, input: int8}]\n",
         ("engines fuse", "q_proj to fp8", "k_proj to int8"),
     ),
-    "selects nothing": ("rules: [{path_glob: nowhere, weight: fp8}]\n", ("recipe", "none", "self_attn.q_proj")),
+    "selects nothing": (
+        "rules: [{path_glob: nowhere, weight: fp8}]\n",
+        ("recipe", "none", "self_attn.q_proj"),
+    ),
 }
 
 
 @pytest.mark.parametrize(("text", "saying"), RECIPE_FILES.values(), ids=RECIPE_FILES.keys())
 def test_recipe_files(here: Path, text: str, saying: tuple[str, ...]):
     (here / "recipe.yaml").write_text(text)
-    untouched(here, "quantize", MODEL, "out", "--recipe", "recipe.yaml", "--calib", "ids.npy", saying=saying)
+    untouched(
+        here,
+        "quantize",
+        MODEL,
+        "out",
+        "--recipe",
+        "recipe.yaml",
+        "--calib",
+        "ids.npy",
+        saying=saying,
+    )
 
 
 def test_a_recipe_file_that_is_not_there(here: Path):
@@ -156,7 +175,7 @@ def _corrupt(folder: Path) -> None:
 
 def _missing_shard(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
-    shards = {name: "model-00001-of-00002.safetensors" for name in exports.tensors("llama")}
+    shards = dict.fromkeys(exports.tensors("llama"), "model-00001-of-00002.safetensors")
     shards["lm_head.weight"] = "model-00002-of-00002.safetensors"
     (folder / INDEX).write_text(json.dumps({"weight_map": shards}))
 
@@ -179,11 +198,17 @@ def _quantized(folder: Path) -> None:
 
 MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config.json": (lambda f: (f / "config.json").unlink(), ("no config.json",)),
-    "broken JSON": (lambda f: (f / "config.json").write_text('{\n"a": 1,'), ("config.json", "line 2")),
+    "broken JSON": (
+        lambda f: (f / "config.json").write_text('{\n"a": 1,'),
+        ("config.json", "line 2"),
+    ),
     "another model_type": (lambda f: edit(f, model_type="lama"), ("'lama'", "llama")),
     "no model_type": (lambda f: edit(f, model_type=None), ("model_type", "llama")),
     "no hidden_size": (lambda f: edit(f, hidden_size=None), ("hidden_size",)),
-    "sizes that are none": (lambda f: edit(f, num_hidden_layers="two"), ("num_hidden_layers", "two")),
+    "sizes that are none": (
+        lambda f: edit(f, num_hidden_layers="two"),
+        ("num_hidden_layers", "two"),
+    ),
     "a layer too many": (lambda f: edit(f, num_hidden_layers=3), ("model.layers.2.", "missing")),
     "a dtype that is none": (lambda f: edit(f, dtype="int8"), ("dtype", "int8", "bfloat16")),
     "float64": (lambda f: edit(f, dtype="float64"), ("F64", "BF16")),
@@ -205,13 +230,19 @@ def test_models(here: Path, damage: Callable[[Path], object], saying: tuple[str,
 
 
 def test_a_model_that_is_not_there(here: Path):
-    untouched(here, "quantize", "no/such/model", "out", saying=("no/such/model", "no such directory"))
-    untouched(here, "quantize", f"{MODEL}/{WEIGHTS}", "out", saying=(WEIGHTS, "is a file", "directory"))
+    untouched(
+        here, "quantize", "no/such/model", "out", saying=("no/such/model", "no such directory")
+    )
+    untouched(
+        here, "quantize", f"{MODEL}/{WEIGHTS}", "out", saying=(WEIGHTS, "is a file", "directory")
+    )
 
 
 def test_an_export_is_no_source(here: Path):
     assert command.jqx("quantize", MODEL, "first", "--qformat", "mxfp8").code == 0
-    untouched(here, "quantize", "first", "second", saying=("first", "already quantized", "'modelopt'"))
+    untouched(
+        here, "quantize", "first", "second", saying=("first", "already quantized", "'modelopt'")
+    )
 
 
 def test_pickled_weights_are_never_opened(here: Path):
@@ -221,7 +252,14 @@ def test_pickled_weights_are_never_opened(here: Path):
 
     (here / MODEL / WEIGHTS).unlink()
     (here / MODEL / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    untouched(here, "quantize", MODEL, "out", *FP8, saying=("pytorch_model.bin", "never opened", "safetensors"))
+    untouched(
+        here,
+        "quantize",
+        MODEL,
+        "out",
+        *FP8,
+        saying=("pytorch_model.bin", "never opened", "safetensors"),
+    )
     pickle.loads((here / MODEL / "pytorch_model.bin").read_bytes())
     assert (here / "sprung").exists()
 
@@ -244,14 +282,19 @@ def reshaped(folder: Path, **sizes: int) -> None:
 
 
 SHAPES = {
-    "int4_blockwise_weight_only": ({"intermediate_size": 192}, ("mlp.down_proj", "128", "192", "block=64")),
+    "int4_blockwise_weight_only": (
+        {"intermediate_size": 192},
+        ("mlp.down_proj", "128", "192", "block=64"),
+    ),
     "nvfp4": ({"intermediate_size": 200}, ("mlp.down_proj", "16", "200", "Leave")),
     "mxfp8": ({"intermediate_size": 176}, ("mlp.down_proj", "32", "176", "block=16")),
 }
 
 
 @pytest.mark.parametrize(("recipe", "sizes", "saying"), [(r, *row) for r, row in SHAPES.items()])
-def test_blocks_that_do_not_divide(here: Path, recipe: str, sizes: dict[str, int], saying: tuple[str, ...]):
+def test_blocks_that_do_not_divide(
+    here: Path, recipe: str, sizes: dict[str, int], saying: tuple[str, ...]
+):
     reshaped(here / MODEL, **sizes)
     given = ("--qformat", recipe, "--calib", "ids.npy")
     untouched(here, "quantize", MODEL, "out", *given, saying=("model.layers.0", "1 more", *saying))
@@ -281,7 +324,9 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", f"{DOWN}.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", f"{DOWN}.weight", "model.norm.weight"]
+)
 @pytest.mark.parametrize("given", [("--qformat", "mxfp8"), ("--activations", "acts.safetensors")])
 def test_weights(here: Path, name: str, value: float, given: tuple[str, ...]):
     tensors = exports.tensors("llama")
@@ -306,7 +351,13 @@ def test_inputs_that_overflow(here: Path):
     for name in ("gate_proj", "up_proj"):
         tensors[f"model.layers.0.mlp.{name}.weight"] *= exports.DTYPES["bfloat16"].type(1e30)
     save(here / MODEL, tensors)
-    refused("quantize", MODEL, "out", *FP8, saying=("model.layers.0.mlp.down_proj", "not finite", "--compute"))
+    refused(
+        "quantize",
+        MODEL,
+        "out",
+        *FP8,
+        saying=("model.layers.0.mlp.down_proj", "not finite", "--compute"),
+    )
     assert not (here / "out").exists()
 
 
@@ -330,7 +381,9 @@ def test_recorded_inputs_that_do_not_fit(here: Path):
     exports.save_file(some, here / "acts.safetensors")
     untouched(here, *given, saying=("acts.safetensors", DOWN, "<module>|<batch>"))
     narrow = {name: x[..., :64] if name.startswith(DOWN) else x for name, x in recorded.items()}
-    exports.save_file({n: np.ascontiguousarray(x) for n, x in narrow.items()}, here / "acts.safetensors")
+    exports.save_file(
+        {n: np.ascontiguousarray(x) for n, x in narrow.items()}, here / "acts.safetensors"
+    )
     untouched(here, *given, saying=("acts.safetensors", DOWN, "64", "256"))
     (here / "acts.safetensors").write_bytes(b"\0" * 40)
     untouched(here, *given, saying="acts.safetensors")
@@ -356,10 +409,18 @@ CALIBRATION: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = 
     "unknown kind": ("a.csv", lambda f: f.write_text("x"), ("a.csv", ".jsonl", ".npy")),
     "a folder": ("a.txt", lambda f: f.mkdir(), ("a.txt", "not a file")),
     "not JSON": ("a.jsonl", lambda f: f.write_text("{\n"), ("a.jsonl", "line 1")),
-    "outside": ("a.npy", lambda f: np.save(f, np.full((1, 4), 128)), ("a.npy", "128", "vocabulary")),
+    "outside": (
+        "a.npy",
+        lambda f: np.save(f, np.full((1, 4), 128)),
+        ("a.npy", "128", "vocabulary"),
+    ),
     "negative": ("a.npy", lambda f: np.save(f, np.full((1, 4), -1)), ("a.npy", "-1", "vocabulary")),
     "floats": ("a.npy", lambda f: np.save(f, np.zeros((1, 4))), ("a.npy", "float64", "integer")),
-    "one axis": ("a.npy", lambda f: np.save(f, np.arange(4)), ("a.npy", "(4,)", "[batches, batch, length]")),
+    "one axis": (
+        "a.npy",
+        lambda f: np.save(f, np.arange(4)),
+        ("a.npy", "(4,)", "[batches, batch, length]"),
+    ),
     "no ids": ("a.npy", lambda f: np.save(f, np.zeros((0, 4), int)), ("a.npy", "(0, 4)")),
     "no array": ("a.npy", lambda f: f.write_text("words"), ("a.npy", ".npy")),
     "no tokenizer": ("a.txt", lambda f: f.write_text("Some words."), ("no tokenizer.json", ".npy")),
@@ -367,7 +428,9 @@ CALIBRATION: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = 
 
 
 @pytest.mark.parametrize(("name", "make", "saying"), CALIBRATION.values(), ids=CALIBRATION.keys())
-def test_calibration_data(here: Path, name: str, make: Callable[[Path], object], saying: tuple[str, ...]):
+def test_calibration_data(
+    here: Path, name: str, make: Callable[[Path], object], saying: tuple[str, ...]
+):
     if saying[0] != "no tokenizer.json":
         (here / MODEL / "tokenizer.json").write_text(TOKENIZER)
     make(here / name)
@@ -413,7 +476,9 @@ def test_a_destination_that_another_process_writes(here: Path):
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "1\n"
-        untouched(here, "quantize", MODEL, "out", *FP8, saying=("out", "being written", str(other.pid)))
+        untouched(
+            here, "quantize", MODEL, "out", *FP8, saying=("out", "being written", str(other.pid))
+        )
         other.communicate("\n")
     assert command.jqx("quantize", MODEL, "out", *FP8).code == 0
 
@@ -466,7 +531,18 @@ def test_a_disk_that_fills_half_way(here: Path, monkeypatch, given: tuple[str, .
 def test_a_limit_on_the_size_of_files(here: Path):
     before = snapshot(here)
     done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 100; "$@"', "_", *JQX, "quantize", MODEL, "out", "--qformat", "mxfp8"],
+        [
+            "bash",
+            "-c",
+            'ulimit -f 100; "$@"',
+            "_",
+            *JQX,
+            "quantize",
+            MODEL,
+            "out",
+            "--qformat",
+            "mxfp8",
+        ],
         capture_output=True,
         text=True,
     )
@@ -496,7 +572,10 @@ def test_a_bug_is_one_line_too(here: Path, monkeypatch):
     monkeypatch.setattr("jqx_interop.job.prepare", broken)
     code, out, err = command.jqx("quantize", MODEL, "out")
     assert (code, out) == (1, "")
-    assert err == "internal error: ZeroDivisionError: a b (--debug shows the traceback; please report it)\n"
+    assert (
+        err
+        == "internal error: ZeroDivisionError: a b (--debug shows the traceback; please report it)\n"
+    )
 
 
 def test_an_interruption_says_how_to_go_on(here: Path, monkeypatch):

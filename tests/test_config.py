@@ -189,8 +189,18 @@ def test_an_unknown_recipe_names_the_nearest():
 
 @pytest.mark.parametrize("row", RECIPES.values(), ids=RECIPES.keys())
 def test_no_recipe_touches_heads_routers_or_embeddings(row: jqx.Recipe):
-    paths = ("lm_head", "model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate", "output_layer")
-    for path in (*paths, "model.layers.1.mlp.shared_expert_gate", "visual.blocks.0.mlp.fc1", "x.router"):
+    paths = (
+        "lm_head",
+        "model.layers.0.mlp.gate",
+        "model.layers.0.block_sparse_moe.gate",
+        "output_layer",
+    )
+    for path in (
+        *paths,
+        "model.layers.1.mlp.shared_expert_gate",
+        "visual.blocks.0.mlp.fc1",
+        "x.router",
+    ):
         assert resolve(row.config, f"{path}.weight", "linear") == Choice()
     assert resolve(row.config, "model.embed_tokens.weight", "embedding") == Choice()
     assert resolve(row.config, UP, "linear").weight is not None
@@ -208,7 +218,10 @@ def test_a_recipe_file_extends_another(tmp_path: Path):
     file.write_text("extends: FP8_DEFAULT_CFG\nrules:\n  - {path_glob: '*mlp*', weight: null}\n")
     recipe = read_recipe(file)
     assert recipe.name == "mine"
-    assert recipe.config.rules == (*RECIPES["fp8"].config.rules, Rule(path_glob="*mlp*", weight=None))
+    assert recipe.config.rules == (
+        *RECIPES["fp8"].config.rules,
+        Rule(path_glob="*mlp*", weight=None),
+    )
     assert recipe.config.algorithm == "max"
     file.write_text("extends: mxfp8\n")
     assert read_recipe(file).config == RECIPES["mxfp8"].config

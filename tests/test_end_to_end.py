@@ -50,7 +50,9 @@ def quantized(root: Path, out: Path, row: Export, **more) -> dict[str, str]:
         *(root / row.model, out, recipe_of(root, row)),
         **{"kv_cache": row.kv, "max_shard_size": row.shard, **settings(root, row.model), **more},
     )
-    return {file.name: exports.short(file.read_bytes()) for file in sorted(out.glob("*.safetensors"))}
+    return {
+        file.name: exports.short(file.read_bytes()) for file in sorted(out.glob("*.safetensors"))
+    }
 
 
 def recipe_of(root: Path, row: Export) -> str | jqx.Recipe:
@@ -72,7 +74,10 @@ def check_descriptions(out: Path, row: Export) -> None:
     want = exports.answers()["exports"][row.key]
     source = exports.answers()["models"][row.model]["files"]
     config = json.loads((out / "config.json").read_text())
-    expected = {**json.loads(source["config.json"]), "quantization_config": want["quantization_config"]}
+    expected = {
+        **json.loads(source["config.json"]),
+        "quantization_config": want["quantization_config"],
+    }
     assert json.dumps(config) == json.dumps(expected)
     for name, text in want["texts"].items():
         assert (out / name).read_text() == text
@@ -119,7 +124,10 @@ def steps_apart(out: Path, row: Export) -> np.ndarray:
 
 
 IDS = [
-    *(Export(model="llama", recipe=recipe) for recipe in ("fp8", "int8", "nvfp4", "w4a8_nvfp4_fp8")),
+    *(
+        Export(model="llama", recipe=recipe)
+        for recipe in ("fp8", "int8", "nvfp4", "w4a8_nvfp4_fp8")
+    ),
     *(Export(model="llama", recipe="fp8", kv=kv) for kv in ("fp8", "fp8_affine")),
     *(Export(model=model, recipe="fp8") for model in ("llama_f16", "llama_f32")),
 ]
@@ -189,8 +197,15 @@ def test_the_source_may_be_sharded(root: Path, whole: Path, tmp_path: Path):
     for file, names in parts.items():
         exports.save_file({name: weights[name] for name in names}, source / file, {"format": "pt"})
     weight_map = {name: file for file, names in parts.items() for name in names}
-    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    ji.ptq(source, tmp_path / "out", "nvfp4", **{"kv_cache": "nvfp4_affine", "calib": root / "llama-ids.npy"})
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    ji.ptq(
+        source,
+        tmp_path / "out",
+        "nvfp4",
+        **{"kv_cache": "nvfp4_affine", "calib": root / "llama-ids.npy"},
+    )
     assert _content(tmp_path / "out") == _content(whole)
 
 
@@ -204,14 +219,28 @@ def _content(folder: Path) -> dict[str, bytes]:
 def test_small_files_come_along_and_pickles_and_code_do_not(root: Path, tmp_path: Path):
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(root / "llama", source)
-    kept = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"a": 1}', "chat_template.jinja": b"{{ x }}"}
+    kept = {
+        "tokenizer.json": b"{}",
+        "tokenizer_config.json": b'{"a": 1}',
+        "chat_template.jinja": b"{{ x }}",
+    }
     kept |= {"LICENSE": b"free\n", "README.md": b"words\n", "special_tokens_map.json": b"{}"}
-    left = {"pytorch_model.bin": b"\x80\x04", "modeling_x.py": b"boom", "training_args.pt": b"\x80", ".hidden": b""}
+    left = {
+        "pytorch_model.bin": b"\x80\x04",
+        "modeling_x.py": b"boom",
+        "training_args.pt": b"\x80",
+        ".hidden": b"",
+    }
     for name, content in {**kept, **left}.items():
         (source / name).write_bytes(content)
     (source / "folder").mkdir()
     ji.ptq(source, out, "mxfp8")
-    described = {"config.json", "hf_quant_config.json", "generation_config.json", "model.safetensors"}
+    described = {
+        "config.json",
+        "hf_quant_config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
     assert {file.name for file in out.iterdir()} == described | set(kept)
     assert {name: (out / name).read_bytes() for name in kept} == kept
 
@@ -244,7 +273,11 @@ def stranger(root: Path, tmp_path_factory) -> Path:
 
 
 STRANGE = [
-    *(Export(model="llama", recipe=recipe) for recipe in exports.CONFIGS if recipe != exports.BLOCKS),
+    *(
+        Export(model="llama", recipe=recipe)
+        for recipe in exports.CONFIGS
+        if recipe != exports.BLOCKS
+    ),
     Export(model="llama", recipe="fp8", kv="fp8_cast"),
     Export(model="llama", recipe="nvfp4", kv="nvfp4_cast"),
 ]
@@ -272,7 +305,9 @@ SHARED += [("nvfp4", kv) for kv in ("fp8", "nvfp4", "nvfp4_affine")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "kv"), [*((recipe, "none") for recipe in exports.CONFIGS), *SHARED])
+@pytest.mark.parametrize(
+    ("recipe", "kv"), [*((recipe, "none") for recipe in exports.CONFIGS), *SHARED]
+)
 def test_the_shared_exports(shared: Path, tmp_path: Path, recipe: str, kv: str):
     golden, out = shared / "golden", tmp_path / "out"
     name = SHORTER.get(recipe, recipe) + ("" if kv == "none" else f"_kv{kv}")
@@ -285,4 +320,6 @@ def test_the_shared_exports(shared: Path, tmp_path: Path, recipe: str, kv: str):
     for file in ("config.json", "hf_quant_config.json", "generation_config.json"):
         assert (out / file).read_bytes() == (golden / name / file).read_bytes()
     if (golden / name / "model.safetensors").exists():
-        assert (out / "model.safetensors").read_bytes() == (golden / name / "model.safetensors").read_bytes()
+        assert (out / "model.safetensors").read_bytes() == (
+            golden / name / "model.safetensors"
+        ).read_bytes()

@@ -42,7 +42,10 @@ def plan(root: Path):
 
 
 RUNS = (
-    *(Export(model="llama", recipe=recipe) for recipe in ("nvfp4", "int8", "fp8_pc_pt", "mxfp4_mlp_wo")),
+    *(
+        Export(model="llama", recipe=recipe)
+        for recipe in ("nvfp4", "int8", "fp8_pc_pt", "mxfp4_mlp_wo")
+    ),
     Export(model="llama", recipe="fp8", kv="fp8_affine", shard="60KB"),
     Export(model="wide", recipe="fp8_pb_wo"),
     Export(model="qwen2", recipe="w4a16_nvfp4", shard="100KB"),
@@ -79,7 +82,9 @@ def test_no_weight_is_read(root: Path, plan, monkeypatch, recipe: str):
     model = "wide" if recipe == exports.BLOCKS else "llama"
     planned = plan(Export(model=model, recipe=recipe))
     choice = RECIPES[recipe].config.rules[0]
-    assert {(linear.weight, linear.input) for linear in planned.linears} == {(choice.weight, choice.input)}
+    assert {(linear.weight, linear.input) for linear in planned.linears} == {
+        (choice.weight, choice.input)
+    }
 
 
 def test_weights_may_be_anything(tmp_path: Path, root: Path, plan):
@@ -134,7 +139,14 @@ def test_the_command_changes_nothing(root: Path, tmp_path: Path, monkeypatch):
     given = ("quantize", root / "llama", "--calib", root / "llama-ids.npy", "--plan")
     code, out, err = jqx(*given, "--qformat", "nvfp4", "--kv-cache", "fp8")
     assert (code, err) == (0, "")
-    for phrase in ("nvfp4", "model.layers.*.mlp.down_proj (x2)", "128 x 256", "64 tokens", "MiB", "lm_head"):
+    for phrase in (
+        "nvfp4",
+        "model.layers.*.mlp.down_proj (x2)",
+        "128 x 256",
+        "64 tokens",
+        "MiB",
+        "lm_head",
+    ):
         assert phrase in out
     code, out, err = jqx(*given, "--json")
     assert (code, err) == (0, "")

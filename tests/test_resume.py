@@ -49,7 +49,11 @@ def check(whole: dict, rows: list[dict]) -> None:
 
 def calibrated(root: Path, **more: Any) -> dict[str, Any]:
     """Settings whose result depends on every batch and its order."""
-    given = {"recipe": "nvfp4", "kv_cache": "nvfp4_affine", "calib": str(root / "run" / "model-ids.npy")}
+    given = {
+        "recipe": "nvfp4",
+        "kv_cache": "nvfp4_affine",
+        "calib": str(root / "run" / "model-ids.npy"),
+    }
     return {**given, **more}
 
 
@@ -71,7 +75,9 @@ def check_blocks(whole: dict, rows: list[dict], memory: int | str) -> None:
     """States that were spilled are taken up again; those that were in memory come from running all blocks again."""
     assert whole["blocks"] == [0, 1]
     assert 2 in {len(row["recorded"]) for row in rows}
-    first = {0: 0, 1: 0, 2: 1} if memory == 1 else {0: 0, 1: 0, 2: 0}  # after embedding and one block
+    first = (
+        {0: 0, 1: 0, 2: 1} if memory == 1 else {0: 0, 1: 0, 2: 0}
+    )  # after embedding and one block
     for row in rows:
         if row["then"] == "published":
             kept = len(row["recorded"])
@@ -128,7 +134,10 @@ def test_the_same_command_goes_on(unfinished: Path):
 OTHERS = {
     "recipe": (("--qformat", "mxfp4"), "config"),
     "KV cache": (("--qformat", "mxfp8", "--kv-cache", "fp8_cast"), "config"),
-    "files": (("--qformat", "mxfp8", "--max-shard-size", "60KB"), "max_shard_size was 10000000000, now 60000"),
+    "files": (
+        ("--qformat", "mxfp8", "--max-shard-size", "60KB"),
+        "max_shard_size was 10000000000, now 60000",
+    ),
 }
 
 
@@ -148,14 +157,23 @@ def test_another_model_is_refused(unfinished: Path):
     weights = exports.tensors("wide")
     weights["lm_head.weight"][0] = 1
     exports.save_file(weights, unfinished / "model" / "model.safetensors", {"format": "pt"})
-    refused("quantize", "model", "out", "--qformat", "mxfp8", saying=("another run", "model was", "--restart"))
+    refused(
+        "quantize",
+        "model",
+        "out",
+        "--qformat",
+        "mxfp8",
+        saying=("another run", "model was", "--restart"),
+    )
     assert jqx("quantize", "model", "out", "--qformat", "mxfp8", "--restart").code == 0
 
 
 def test_files_that_were_changed_are_refused(unfinished: Path):
     file = unfinished / "out.jqx-partial" / "files" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    refused("quantize", "model", "out", "--qformat", "mxfp8", saying=("model.safetensors", "--restart"))
+    refused(
+        "quantize", "model", "out", "--qformat", "mxfp8", saying=("model.safetensors", "--restart")
+    )
     assert jqx("quantize", "model", "out", "--qformat", "mxfp8", "--restart").code == 0
 
 

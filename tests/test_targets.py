@@ -47,7 +47,9 @@ def test_the_arrays_of_a_linear(name: str, has_input_scale: bool):
     expected += [("input_scale", "F32", ())] * has_input_scale
     expected += [("weight_scale_2", "F32", ())] * (find_format(name).tensor_bound is not None)
     promised = TARGET.outputs("a.b", name, shape, np.dtype(jnp.bfloat16), has_input_scale)
-    assert [(t.name, t.dtype, t.shape) for t in promised] == [(f"a.b.{n}", d, s) for n, d, s in expected]
+    assert [(t.name, t.dtype, t.shape) for t in promised] == [
+        (f"a.b.{n}", d, s) for n, d, s in expected
+    ]
     q = QTensor.quantize(jnp.ones(shape, jnp.bfloat16), find_format(name))
     q = QTensor(
         *(q.codes, q.scale, q.tensor_scale),
@@ -125,7 +127,10 @@ def test_patterns_cover_what_is_left_and_nothing_else(paths: list[str], cut: int
 
 
 def test_one_format():
-    choices = {"a.q": Choice(weight="nvfp4", input="nvfp4"), "a.k": Choice(weight="nvfp4", input="nvfp4")}
+    choices = {
+        "a.q": Choice(weight="nvfp4", input="nvfp4"),
+        "a.k": Choice(weight="nvfp4", input="nvfp4"),
+    }
     described = TARGET.describe(choices, ["lm_head"], "fp8")
     quantization = described["quantization"]
     assert described["producer"] == {"name": "modelopt", "version": "0.47.0"}

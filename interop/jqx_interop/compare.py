@@ -2,12 +2,15 @@
 """Two checkpoints, tensor by tensor: the same bytes, how far apart, or only in one of them."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jqx.errors import InputError
 
 from .checkpoints import DTYPES, Checkpoint, open_checkpoint
 
@@ -45,8 +48,12 @@ class Comparison:
         return all(row.verdict == "equal" for row in (*self.tensors, *self.descriptions))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"equal": self.equal, **asdict(self)}
+        """Plain JSON values; a largest difference that is infinite or NaN is null."""
+        data = asdict(self)
+        for row in data["tensors"]:
+            if row["largest"] is not None and not math.isfinite(row["largest"]):
+                row["largest"] = None
+        return {"equal": self.equal, **data}
 
 
 def compare_checkpoints(a: str | Path, b: str | Path) -> Comparison:
@@ -90,7 +97,7 @@ def _distance(x: np.ndarray, y: np.ndarray, dtype: str) -> tuple[int, float]:
     if not count or dtype in CODES:
         return count, 0.0
     far = np.abs(x[apart].astype(np.float64) - y[apart].astype(np.float64))
-    return count, float(np.nan_to_num(far, nan=np.inf).max())
+    return count, float(np.nan_to_num(far, nan=np.inf, posinf=np.inf).max())
 
 
 def _describe(a: Path, b: Path) -> Iterator[Difference]:
@@ -107,8 +114,11 @@ def _describe(a: Path, b: Path) -> Iterator[Difference]:
 def _without_producer(path: Path) -> Any:
     if not path.is_file():
         return None
-    data = json.loads(path.read_text(encoding="utf-8"))
-    for part in (data, data.get("quantization_config")):
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    for part in (data, data.get("quantization_config") if isinstance(data, dict) else None):
         if isinstance(part, dict):
             part.pop("producer", None)
     return data

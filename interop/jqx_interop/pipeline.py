@@ -113,13 +113,13 @@ def run(job: Job, out: str | Path, progress: Progress) -> Report:
 
 @contextmanager
 def _told_where(folder: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into an InputError that names a place and the way out."""
+    """Turn what the system refuses into an InputError that names a place and the way out."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"{error.filename or folder}: {error.strerror or error}. What is finished is kept: once "
-            "that is put right, the same command goes on where it was"
+            f"{error.filename or folder}: {error.strerror or error}. What is finished is kept: "
+            "once that is put right, the same command goes on where it was"
         ) from error
 
 

@@ -141,8 +141,10 @@ def load_block(job: Job, i: int, compute: Compute) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What one compiled program of a block depends on. `dtype`: the model's, in which magnitudes are
-    taken; `kv`: how keys and values will be stored, if statistics of them are needed.
+    """What one compiled program of a block depends on.
+
+    `dtype`: the model's, in which magnitudes are taken; `kv`: how keys and values will be stored,
+    if statistics of them are needed.
     """
 
     spec: ModelSpec

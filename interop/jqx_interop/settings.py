@@ -40,7 +40,7 @@ class Settings:
     restart: bool = False
 
     def check(self) -> None:
-        """Raise InputError for numbers, sizes and names that none of these can be, needed or not."""
+        """Raise InputError for numbers, sizes and names that none of these can be."""
         for field, least in LEAST.items():
             if (value := getattr(self, field)) < least:
                 raise InputError(f"{field} is {value}; give at least {least}")

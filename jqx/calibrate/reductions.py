@@ -33,7 +33,7 @@ def amax(x: Float[Array, "..."], dtype: DTypeLike) -> Float32[Array, ""]:
 
 
 def _amax_of_bits(x: Float[Array, "..."]) -> Float32[Array, ""]:
-    """Of two-byte floats: without their sign, bit patterns are ordered like magnitudes, NaN last."""
+    """Of two-byte floats: without sign, bit patterns are ordered like magnitudes, NaN last."""
     patterns = lax.bitcast_convert_type(x, jnp.uint16) & jnp.uint16(0x7FFF)
     return lax.bitcast_convert_type(jnp.max(patterns, initial=0), x.dtype).astype(jnp.float32)
 

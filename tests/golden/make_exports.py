@@ -56,9 +56,13 @@ def make_base(folder: Path, model: str) -> dict:
     empty.save_pretrained(folder)
     drawn = exports.tensors(model)
     saved = exports.read_tensors(folder)
-    assert {n: tuple(shape) for n, (_, shape, _) in saved.items()} == {n: a.shape for n, a in drawn.items()}
+    assert {n: tuple(shape) for n, (_, shape, _) in saved.items()} == {
+        n: a.shape for n, a in drawn.items()
+    }
     save_file(drawn, folder / "model.safetensors", {"format": "pt"})
-    files = {name: (folder / name).read_text() for name in ("config.json", "generation_config.json")}
+    files = {
+        name: (folder / name).read_text() for name in ("config.json", "generation_config.json")
+    }
     return {"files": files, "weights": exports.short((folder / "model.safetensors").read_bytes())}
 
 
@@ -95,7 +99,10 @@ def quant_config(row: exports.Export) -> dict:
         config["quant_cfg"] += [{"quantizer_name": name, **entry} for name, entry in MIXED]
     if row.kv in CAST:
         entries = [
-            {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {**CAST[row.kv], "use_constant_amax": True}}
+            {
+                "quantizer_name": "*[kv]_bmm_quantizer",
+                "cfg": {**CAST[row.kv], "use_constant_amax": True},
+            }
         ]
     elif row.kv in KV_CONFIGS:
         entries = copy.deepcopy(getattr(mtq, KV_CONFIGS[row.kv])["quant_cfg"])
