@@ -36,14 +36,16 @@ def jqx(*words: object) -> Outcome:
 
 
 def refused(*words: object, saying: tuple[str, ...] | str) -> str:
-    """The one line on standard error with which `jqx words...` exits with code 2; it has all the phrases."""
+    """The one line on standard error with which `jqx words...` exits with code 2, and which has all
+    the phrases.
+    """
     code, out, err = jqx(*words)
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, ""), err
     assert err.endswith("\n")
     assert err.count("\n") == 1
     assert err.startswith("error: ")
     for phrase in (saying,) if isinstance(saying, str) else saying:
-        assert phrase in err
+        assert phrase in err, err
     return err
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny checkpoints drawn by name, and what the reference tool exported from them.
 
-The checkpoints are made of integers, so every platform and NumPy version draws the same bytes. Imported by the
-tests and by golden/make_exports.py, so nothing here needs jqx or torch.
+The checkpoints are made of integers, so every platform and NumPy version draws the same bytes.
+Imported by the tests and by golden/make_exports.py, so nothing here needs jqx or torch.
 """
 
 import hashlib
@@ -116,7 +116,9 @@ rules:
 """
 """A recipe file; make_exports.py says the same in the reference tool's words."""
 
-BLOCKS = "fp8_2d_blockwise_weight_only"  # the reference tool stores a matrix of one block as if it had none
+BLOCKS = "fp8_2d_blockwise_weight_only"
+"""Not for llama: the reference tool stores a matrix of one block as if it had none."""
+
 EXPORTS = (
     *(Export(model="wide" if recipe == BLOCKS else "llama", recipe=recipe) for recipe in CONFIGS),
     *(Export(model="llama", recipe=recipe, kv=kv) for recipe, kv in KV),
@@ -156,7 +158,9 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def draw(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The tensor `name`: bell-shaped values, some channels far above the rest, zeros of both signs, a block of zeros."""
+    """The tensor `name`: bell-shaped values, some channels far above the rest, zeros of both signs,
+    a block of zeros.
+    """
     rng = np.random.RandomState(zlib.crc32(name.encode()))
     values = (rng.randint(0, 1 << 12, (4, *shape)).sum(0) - 2 * 4095).astype(np.float32) / 4096
     loud = rng.randint(0, shape[0], max(2, shape[0] // 32))
@@ -197,7 +201,9 @@ def answers() -> dict[str, Any]:
 
 
 def write_base(folder: Path, model: str) -> Path:
-    """The checkpoint `model` in `folder`: weights drawn here, descriptions as transformers writes them."""
+    """The checkpoint `model` in `folder`: weights drawn here, descriptions as transformers writes
+    them. Its calibration ids lie beside it.
+    """
     folder.mkdir(parents=True)
     save_file(tensors(model), folder / "model.safetensors", {"format": "pt"})
     for name, text in answers()["models"][model]["files"].items():
@@ -222,7 +228,7 @@ def short(raw: bytes) -> str:
 
 
 def read_tensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Name -> (dtype, shape, bytes) of all safetensors files in `folder`, read from their headers."""
+    """Name -> (dtype, shape, bytes) of all safetensors files in `folder`, read by their headers."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         raw = file.read_bytes()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run by test_resume.py: a whole quantization, killed by SIGKILL at its durable steps in turn.
 
-    python killed_quantize.py FOLDER STEP SETTINGS      FOLDER/model is the source
+    python killed_quantize.py FOLDER STEPS SETTINGS     FOLDER/model is the source
 
-Every run is a forked child of this process, which has imported everything and started nothing. One JSON line per kill
-says what was left, and how the same command went afterwards. STEP 2 kills at every second step.
+Every run is a forked child of this process, which has imported everything and started nothing. One
+JSON line per kill says what was left, and how the same command went afterwards. STEPS are the names
+of steps or how they begin, such as "after record,before".
 """
 
 import json
@@ -34,7 +35,7 @@ STEPS = (
 
 
 def watched(number: int | None) -> list[str]:
-    """Patch all steps; the one with this number kills. Returns what has been called so far, as it grows."""
+    """Patch all steps; the one with this number kills. Returns what was called, as it grows."""
     seen: list[str] = []
 
     def step(name: str) -> None:
@@ -135,7 +136,7 @@ def one_kill(
 
 
 def main() -> None:
-    root, step, settings = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    root, chosen, settings = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])
     for name, value in (
         ("jax_compilation_cache_dir", str(root.parent / "compiled")),
         ("jax_persistent_cache_min_compile_time_secs", 0),
@@ -147,9 +148,10 @@ def main() -> None:
     assert expected is not None
     shutil.rmtree(root / "out")
     print(json.dumps(whole))
-    for number in range(0, len(whole["steps"]), step):
-        row = one_kill(root, number, settings, expected)
-        print(json.dumps({"killed": whole["steps"][number], **row}), flush=True)
+    for number, name in enumerate(whole["steps"]):
+        if name.startswith(tuple(chosen)):
+            row = one_kill(root, number, settings, expected)
+            print(json.dumps({"killed": name, **row}), flush=True)
 
 
 if __name__ == "__main__":

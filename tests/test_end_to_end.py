@@ -70,7 +70,9 @@ def same_tensors(out: Path, row: Export) -> set[str]:
 
 
 def check_descriptions(out: Path, row: Export) -> None:
-    """The JSON files say the same in the same order, and the source's generation_config.json came along."""
+    """The JSON files say the same in the same order, and the source's generation_config.json came
+    along.
+    """
     want = exports.answers()["exports"][row.key]
     source = exports.answers()["models"][row.model]["files"]
     config = json.loads((out / "config.json").read_text())
@@ -112,11 +114,11 @@ def test_files_are_those_of_the_reference_tool(root: Path, tmp_path: Path, row: 
     check_descriptions(tmp_path / "out", row)
 
 
-# --- from token ids: the arithmetic of the forward pass is another, so scales of activations may move
+# --- from token ids: the arithmetic of the forward pass is another, so scales may move
 
 
 def steps_apart(out: Path, row: Export) -> np.ndarray:
-    """How many bfloat16 steps of amax each scale of an activation is away from the reference tool's."""
+    """How many bfloat16 steps of amax each scale of an activation is from the reference tool's."""
     have, want = exports.calibrated(out), exports.answers()["exports"][row.key]["calibrated"]
     scales = [name for name in want if name.endswith("_scale")]
     a, b = (np.array([side[name][0] for name in scales]) for side in (have, want))
@@ -155,7 +157,9 @@ def test_from_token_ids_only_scales_of_activations_move(root: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def whole(root: Path, tmp_path_factory) -> Path:
-    """A run over the calibration ids with affine keys and values, whose result depends on batches and their order."""
+    """A run over the calibration ids with affine keys and values, whose result depends on batches
+    and their order.
+    """
     return _from_ids(root, tmp_path_factory.mktemp("whole") / "out")
 
 

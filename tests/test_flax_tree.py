@@ -12,7 +12,7 @@ import pytest
 from flax import nnx, serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jqx.models import BF16, CausalLM, forward, init_params, param_shapes
+from jqx.models import BF16, FLOAT32, CausalLM, forward, init_params, param_shapes
 from jqx_interop.families import spec_from_config
 
 CONFIG = {
@@ -92,13 +92,16 @@ def test_orbax_round_trip(params, tmp_path):
         same(saver.restore(tmp_path / "tree", abstract), params)
 
 
-def test_optax_trains_it(params):
+@pytest.mark.parametrize("compute", [FLOAT32, BF16], ids=["float32", "bf16"])
+def test_optax_trains_it(params, compute):
+    """Rounding to bfloat16 has the gradient of a cast, not that of its bits."""
     optimizer = optax.adam(1e-2)
+    model = CausalLM(SPEC, compute)
 
     @jax.jit
     def step(params, state):
         def loss_of(params):
-            logits = MODEL.apply({"params": params}, IDS[:, :-1])
+            logits = model.apply({"params": params}, IDS[:, :-1])
             wanted = IDS[:, 1:]
             return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is killed at any moment goes on with the same command, and ends with the same bytes."""
+"""A run killed at any moment goes on with the same command, and ends with the same bytes."""
 
 import json
 import subprocess
@@ -16,11 +16,11 @@ from jqx_interop.checkpoints import Workspace
 DRIVER = Path(__file__).with_name("killed_quantize.py")
 
 
-def kills(root: Path, model: str, step: int, settings: dict[str, Any]) -> tuple[dict, list[dict]]:
+def kills(root: Path, model: str, steps: str, settings: dict[str, Any]) -> tuple[dict, list[dict]]:
     """What an undisturbed run does, and a row for each kill."""
     exports.write_base(root / "run" / "model", model)
     done = subprocess.run(
-        [sys.executable, str(DRIVER), str(root / "run"), str(step), json.dumps(settings)],
+        [sys.executable, str(DRIVER), str(root / "run"), steps, json.dumps(settings)],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -35,10 +35,10 @@ def check(whole: dict, rows: list[dict]) -> None:
     units = whole["units"]
     assert rows
     assert {row["ended"] for row in rows} == {"killed"}
-    assert {row["left"] for row in rows} == {"nothing", "everything"}
     for row in rows:
         assert row["equal"]
         assert set(row["beside"]) <= {"model", "model-ids.npy", "out"}
+        assert row["left"] in ("nothing", "everything")
         if row["left"] == "nothing":
             assert row["then"] == "published"
             assert sorted(row["recorded"] + row["units"]) == units
@@ -58,21 +58,29 @@ def calibrated(root: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_killed_at_every_step_without_data(tmp_path: Path):
-    whole, rows = kills(tmp_path, "wide", 1, {"recipe": "mxfp8"})
+    whole, rows = kills(tmp_path, "wide", "before", {"recipe": "mxfp8"})
     check(whole, rows)
-    assert [row["killed"] for row in rows] == whole["steps"]
+    before = [step for step in whole["steps"] if step.startswith("before")]
+    assert [row["killed"] for row in rows] == before
+    assert len(before) == len(whole["steps"]) / 2
+    assert {row["left"] for row in rows} == {"nothing", "everything"}
     assert {len(row["recorded"]) for row in rows} == {0, 1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("memory", ["4GiB", 1], ids=["in memory", "spilled"])
+STEPS = {"4GiB": "after record", 1: "before turn,before record"}
+
+
+@pytest.mark.parametrize("memory", STEPS, ids=["in memory", "spilled"])
 def test_killed_while_calibrating(tmp_path: Path, memory: int | str):
-    whole, rows = kills(tmp_path, "llama", 7, calibrated(tmp_path, max_memory=memory))
+    whole, rows = kills(tmp_path, "llama", STEPS[memory], calibrated(tmp_path, max_memory=memory))
     check(whole, rows)
     check_blocks(whole, rows, memory)
 
 
 def check_blocks(whole: dict, rows: list[dict], memory: int | str) -> None:
-    """States that were spilled are taken up again; those that were in memory come from running all blocks again."""
+    """States that were spilled are taken up again; those that were in memory come from running all
+    blocks again.
+    """
     assert whole["blocks"] == [0, 1]
     assert 2 in {len(row["recorded"]) for row in rows}
     first = (
@@ -97,7 +105,7 @@ def check_blocks(whole: dict, rows: list[dict], memory: int | str) -> None:
     ids=str,
 )
 def test_killed_at_every_step(tmp_path: Path, model: str, more: dict[str, Any]):
-    check(*kills(tmp_path, model, 1, calibrated(tmp_path, **more)))
+    check(*kills(tmp_path, model, "before,after", calibrated(tmp_path, **more)))
 
 
 # --- unfinished work and other commands
@@ -105,7 +113,7 @@ def test_killed_at_every_step(tmp_path: Path, model: str, more: dict[str, Any]):
 
 @pytest.fixture
 def unfinished(tmp_path: Path, monkeypatch) -> Path:
-    """The first two units of `jqx quantize model out --qformat mxfp8` are done; the current directory."""
+    """The current directory, where `jqx quantize model out --qformat mxfp8` has done two units."""
     exports.write_base(tmp_path / "model", "wide")
     record, left = Workspace.record, [2]
 

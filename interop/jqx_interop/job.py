@@ -52,14 +52,14 @@ class Attention:
     kv_heads: int
     head_dim: int
 
-    def outputs(self, kv: KVFormat) -> list[TensorOut]:
-        """The tensors that describe its stored keys and values."""
+    def outputs(self, kv: KVFormat, dtype: str) -> list[TensorOut]:
+        """The tensors of its stored keys and values; biases have the `dtype` of the model."""
         found = []
         for linear, letter in ((self.k, "k"), (self.v, "v")):
             found.append(TensorOut(f"{linear}.{letter}_scale", "F32", ()))
             if kv.affine:
                 shape = (1, self.kv_heads, 1, self.head_dim)
-                found.append(TensorOut(f"{linear}.{letter}_bias", "BF16", shape))
+                found.append(TensorOut(f"{linear}.{letter}_bias", dtype, shape))
         return found
 
 
@@ -337,5 +337,5 @@ def _companions(job: Job) -> dict[str, list[TensorOut]]:
         inside = attention.path + "."
         unit = job.inventory.units[attention.unit]
         anchor = [name for name in unit if name.startswith(inside)][-1]
-        after.setdefault(anchor, []).extend(attention.outputs(job.kv_format))
+        after.setdefault(anchor, []).extend(attention.outputs(job.kv_format, dtype_name(job.dtype)))
     return after

@@ -123,4 +123,4 @@ def kv_tensors(
             amax, bias = stats.kv[path]
             yield f"{linear}.{letter}_scale", np.asarray(kv_scale(amax, path), np.float32)
             if bias is not None:
-                yield f"{linear}.{letter}_bias", bias.astype(DTYPES["BF16"])
+                yield f"{linear}.{letter}_bias", bias

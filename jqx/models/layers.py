@@ -31,9 +31,20 @@ def settle(x: Float[Array, "*s"], compute: Compute) -> Float[Array, "*s"]:
     """End an operation: the float32 result `x` becomes values of the compute dtype in the carrier's
     arrays.
     """
-    if compute.strict:
-        x = round_to(x, compute.dtype)
+    if compute.strict and compute.dtype != jnp.float32:
+        x = _round(x, compute.dtype)
     return x.astype(compute.carrier)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _round(x: Float[Array, "*s"], dtype: jnp.dtype) -> Float[Array, "*s"]:
+    """`round_to`, with the gradient a cast has: that of the identity."""
+    return round_to(x, dtype)
+
+
+@_round.defjvp
+def _round_jvp(dtype: jnp.dtype, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _round(primals[0], dtype), tangents[0]
 
 
 def wide(x: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports of tiny models by ModelOpt: `python tests/golden/make_exports.py` writes the folder exports/ beside this file.
+"""Exports of tiny models by ModelOpt: `python tests/golden/make_exports.py` writes the folder
+exports/ beside this file.
 
-Made with nvidia-modelopt 0.47.0, torch 2.13.0 (CPU) and transformers 5.14.1. Kept are digests of every file and tensor,
-the JSON files, the scales that follow from activations, and the inputs of linears on the calibration ids.
+Made with nvidia-modelopt 0.47.0, torch 2.13.0 (CPU) and transformers 5.14.1. Kept are digests of
+every file and tensor, the JSON files, the scales that follow from activations, and the inputs of
+linears on the calibration ids.
 """
 
 import copy
@@ -47,7 +49,9 @@ KEPT = ("config.json", "hf_quant_config.json", "model.safetensors.index.json")
 
 
 def make_base(folder: Path, model: str) -> dict:
-    """The checkpoint as transformers saves it, its weights replaced by drawn ones; returns what is kept of it."""
+    """The checkpoint as transformers saves it, its weights replaced by drawn ones; returns what is
+    kept of it.
+    """
     config = exports.MODELS[model]
     sizes = {k: v for k, v in config.items() if k not in ("model_type", "dtype")}
     empty = AutoModelForCausalLM.from_config(

@@ -19,6 +19,7 @@ from .shards import ShardPlan, index_json
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has only the second
 
 
 class ShardWriter:
@@ -70,18 +71,18 @@ class ShardWriter:
             raise ValueError(
                 f"{name} is planned as {tensor.dtype} {tensor.shape}, got {data.dtype} {data.shape}"
             )
-        self._dirty.add(file)
         rest = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         while rest:
             count = os.pwrite(self._open[file], rest, start)
             rest, start = rest[count:], start + count
+        self._dirty.add(file)  # after its bytes, so that no sync that misses them takes it away
         self._missing.discard(name)
 
     def sync(self) -> None:
         """Return when everything written so far is on the disk."""
         for file in sorted(self._dirty):
-            os.fdatasync(self._open[file])
-        self._dirty.clear()
+            self._dirty.discard(file)  # first: what other threads write from here on is for later
+            SYNC(self._open[file])
 
     def finish(self) -> None:
         """Sync and close after the last tensor. ValueError if some were never written."""
