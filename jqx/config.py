@@ -195,9 +195,10 @@ def from_json(data: Mapping[str, Any]) -> QuantConfig:
     rows = data.get("rules")
     if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
         raise InputError("rules is a list of mappings such as {path_glob: '*mlp*', weight: fp8}")
-    return QuantConfig(
-        rules=tuple(_rule(row) for row in rows), algorithm=data.get("algorithm", "max")
-    )
+    algorithm = data.get("algorithm", "max")
+    if not isinstance(algorithm, str | None):
+        raise InputError(f"algorithm: {algorithm!r} is no name; write one in quotes, or null")
+    return QuantConfig(rules=tuple(_rule(row) for row in rows), algorithm=algorithm)
 
 
 def _rule(row: Mapping[str, Any]) -> Rule:

@@ -9,7 +9,7 @@ them, and the last call is filled up by repeating a row, which changes no maximu
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from .device import compute_of
 from .hidden import HiddenStates
 from .job import Job
 from .progress import Progress
-from .weights import read_tensor
+from .weights import checked_amax, read_tensor
 
 ROWS_PER_CALL = 512
 """Tokens in one call: fewer leave a CPU's matrix products short; with more, temporaries outgrow its
@@ -110,19 +110,25 @@ class Runner:
         return self._checked(prefix, largest, fold)
 
     def _checked(self, prefix: str, found: dict[str, float], fold: "Folding") -> BlockStats:
-        for name, value in found.items():
-            if not np.isfinite(value):
-                what = name.removesuffix(".weight")
-                raise InputError(
-                    f"the calibration inputs of {prefix}.{what} are not finite; "
-                    "check the weights, or calibrate in another precision (--compute)"
-                )
+        if spoilt := [name for name, value in found.items() if not np.isfinite(value)]:
+            self._blame(prefix, spoilt)
         names = self._spec.names
         kept = {n: (v, None) for n, v in found.items() if n in (names.kept_k, names.kept_v)}
         inputs = {n.removesuffix(".weight"): v for n, v in found.items() if n not in kept}
         return BlockStats(
             input_amax={f"{prefix}.{name}": value for name, value in inputs.items()},
             kv={f"{prefix}.{name}": kv for name, kv in (kept | fold.results()).items()},
+        )
+
+    def _blame(self, prefix: str, spoilt: list[str]) -> NoReturn:
+        """Raise InputError for a weight that is not finite, else for the first spoilt input."""
+        inside = [n for n in self._job.inventory.tensors if n.startswith(prefix + ".")]
+        for name in (f"{self._spec.names.embed}.weight", *inside):
+            checked_amax(read_tensor(self._job, name), name)
+        first = next((n for n in inside if n.removeprefix(prefix + ".") in spoilt), prefix)
+        raise InputError(
+            f"the calibration inputs of {first.removesuffix('.weight')} are not finite; "
+            "check the weights, or calibrate in another precision (--compute)"
         )
 
 

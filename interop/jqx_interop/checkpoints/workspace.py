@@ -22,6 +22,7 @@ from .journal import Journal, sync_directory
 from .problems import one_line
 
 SUFFIX = ".jqx-partial"
+LONGEST = 200  # characters of one difference that are worth reading
 
 
 class Workspace:
@@ -205,7 +206,8 @@ def _difference(found: object, wanted: dict[str, Any]) -> str:
     """Which fields of two fingerprints differ, and the way out."""
     found = found if isinstance(found, dict) else {}
     fields = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    shown = [f"{k} was {found.get(k)!r}, now {wanted.get(k)!r}" for k in fields[:3]]
+    told = {k: f"{k} was {found.get(k)!r}, now {wanted.get(k)!r}" for k in fields[:3]}
+    shown = [text if len(text) <= LONGEST else f"{k} differs" for k, text in told.items()]
     more = f" and {len(fields) - 3} more" if len(fields) > 3 else ""
     return (
         f"unfinished work of another run ({', '.join(shown)}{more}). "

@@ -19,7 +19,6 @@ from .shards import ShardPlan, index_json
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has only the second
 
 
 class ShardWriter:
@@ -80,9 +79,10 @@ class ShardWriter:
 
     def sync(self) -> None:
         """Return when everything written so far is on the disk."""
+        sync = getattr(os, "fdatasync", os.fsync)  # macOS has only the second
         for file in sorted(self._dirty):
             self._dirty.discard(file)  # first: what other threads write from here on is for later
-            SYNC(self._open[file])
+            sync(self._open[file])
 
     def finish(self) -> None:
         """Sync and close after the last tensor. ValueError if some were never written."""

@@ -28,6 +28,8 @@ def rope_from_config(config: Mapping[str, Any], theta: float, context: int) -> R
     """
     where = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     given = config.get(where) or {}
+    if not isinstance(given, Mapping):
+        raise InputError(f"{where} is a {type(given).__name__}, not an object")
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in SCALING_KEYS:
         known = ", ".join(SCALING_KEYS)
@@ -50,6 +52,11 @@ def _check_parameters(where: str, given: Mapping[str, Any], kind: str) -> None:
     missing = [key for key in SCALING_KEYS[kind] if given.get(key) is None]
     if missing:
         raise InputError(f"{where} with rope_type {kind!r} lacks {', '.join(missing)}")
+    numbers = [key for key in (*SCALING_KEYS[kind], "rope_theta") if given.get(key) is not None]
+    wrong = [key for key in numbers if not isinstance(given[key], int | float)]
+    if wrong:
+        names = ", ".join(f"{key} = {given[key]!r}" for key in wrong)
+        raise InputError(f"{where} needs numbers, but has {names}")
     allowed = {*_COMMON, *SCALING_KEYS[kind], "original_max_position_embeddings"}
     extra = [key for key in given if key not in allowed and given[key] is not None]
     if extra:
