@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which arithmetic the device at hand is good at."""
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,18 @@ def device_kind() -> str:
         return "accelerator"
     flags = CPU_FLAGS.read_text() if CPU_FLAGS.is_file() else ""
     return "cpu with bf16 units" if BF16_UNITS in flags.split() else "cpu"
+
+
+def callers() -> int:
+    """How many calls of a compiled program to have under way: a CPU's cores idle in one alone,
+    where its small operations run on a single core.
+    """
+    return min(processors(), 4) if jax.default_backend() == "cpu" else 1
+
+
+def processors() -> int:
+    """The processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compute_of(name: str, dtype: np.dtype) -> Compute:

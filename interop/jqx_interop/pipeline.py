@@ -8,7 +8,6 @@ A run that is killed leaves its journal; the same command goes on from it and en
 bytes.
 """
 
-import os
 import platform
 import shutil
 import time
@@ -29,7 +28,7 @@ from jqx.recipes import Recipe
 from .checkpoints import ShardWriter, Workspace, digest, parse_size, plan_shards, small_files
 from .data import Activations, CalibrationSet, load_calibration
 from .describe import write_descriptions
-from .device import compute_of
+from .device import compute_of, processors
 from .hidden import HiddenStates
 from .job import Job, prepare
 from .progress import Progress, Silent
@@ -137,9 +136,7 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         "max_shard_size": parse_size(job.settings.max_shard_size),
         "versions": {name: version(name) for name in ("jqx", "jax", "jaxlib")},
         "device": f"{device.platform} {device.device_kind} {platform.machine()}",
-        "threads": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "threads": processors(),
     }
 
 
@@ -167,9 +164,7 @@ def _work(
     if by_bytes:
         progress.phase("quantizing", sum(_bytes_of(job, unit) for unit in left))
     advance = progress.advance if by_bytes else Silent().advance
-    with Finisher(
-        job, writer, space.record, advance, max(2, min(4, os.cpu_count() or 2))
-    ) as finisher:
+    with Finisher(job, writer, space.record, advance, max(2, min(4, processors()))) as finisher:
         for unit in left:
             stats, extra = source.of_unit(unit)
             finisher.submit(unit, stats, extra)

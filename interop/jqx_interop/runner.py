@@ -6,7 +6,8 @@ All blocks of one kind run one compiled program. Rows are sequences; a call take
 them, and the last call is filled up by repeating a row, which changes no maximum.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
@@ -23,7 +24,7 @@ from jqx.tensors.paths import unflatten
 from jqx.transforms import Use, observe
 
 from .data import CalibrationSet
-from .device import compute_of
+from .device import callers, compute_of
 from .hidden import HiddenStates
 from .job import Job
 from .progress import Progress
@@ -56,6 +57,7 @@ class Runner:
         self._compute = compute_of(job.settings.compute, job.dtype)
         self._kv = job.kv_format if job.needs_kv else None
         self._blocks = {unit: i for i, unit in enumerate(job.inventory.blocks)}
+        self._callers = callers()
 
     def prepare(self, left: list[int], records: list[dict[str, Any]]) -> None:
         """Bring the hidden states to before the first block in `left`, or as near as what was kept
@@ -98,16 +100,33 @@ class Runner:
         prefix = block_prefix(self._spec, i)
         params = load_block(self._job, i, self._compute)
         program = Program(self._spec, kind, self._compute, self._job.dtype.name, self._kv)
-        found: list[dict[str, jax.Array]] = []
         fold = Folding([len(batch) for batch in self._data.batches], self._job.dtype)
-        for n in range(self._hidden.count):
+
+        def call(n: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
             h, maxima, kept = block_step(params, self._hidden.get(n), program=program)
             self._hidden.put(n, h)
+            jax.block_until_ready(maxima)
+            return maxima, kept
+
+        found: list[dict[str, jax.Array]] = []
+        for maxima, kept in self._side_by_side(call):
             found.append(maxima)
             fold.add(kept)
             self._progress.advance(1)
         largest = {name: float(input_amax(part[name] for part in found)) for name in found[0]}
         return self._checked(prefix, largest, fold)
+
+    def _side_by_side(self, call: Callable[[int], Any]) -> Iterator[Any]:
+        """The results of `call` for every batch of hidden states, in order.
+
+        The first runs alone, since it compiles the program and makes the files. No more than a few
+        are ahead of what is taken.
+        """
+        yield call(0)
+        rest, ahead = range(1, self._hidden.count), 4 * self._callers
+        with ThreadPoolExecutor(self._callers, thread_name_prefix="jqx-calibrate") as pool:
+            for start in range(0, len(rest), ahead):
+                yield from pool.map(call, rest[start : start + ahead])
 
     def _checked(self, prefix: str, found: dict[str, float], fold: "Folding") -> BlockStats:
         if spoilt := [name for name, value in found.items() if not np.isfinite(value)]:

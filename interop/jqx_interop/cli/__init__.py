@@ -2,3 +2,4 @@
 """The command line: `jqx`."""
 
 from .app import main as main
+from .app import program as program
