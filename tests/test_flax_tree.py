@@ -12,7 +12,8 @@ import pytest
 from flax import nnx, serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jqx.models import BF16, FLOAT32, CausalLM, forward, init_params, param_shapes
+from jqx.models import BF16, FLOAT32, forward, param_shapes
+from jqx.models.linen import CausalLM, init_params
 from jqx_interop.families import spec_from_config
 
 CONFIG = {

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 import reference
 
+import jqx.models.linen  # noqa: F401  teaches flax.serialization what a QTensor is
 from jqx.errors import InputError
 from jqx.formats import FORMATS
 from jqx.tensors import QTensor

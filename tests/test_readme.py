@@ -206,7 +206,7 @@ def public():
 
 def declared(module):
     text = Path(module.__file__).read_text(encoding="utf-8")
-    return re.findall(r"^from \S+ import \w+ as (\w+)$", text, re.MULTILINE)
+    return re.findall(r"^ *from \S+ import \w+ as (\w+)$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", sorted(set(public())))

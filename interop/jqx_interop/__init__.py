@@ -1,12 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disk and other frameworks: Hugging Face checkpoints in and out, the streaming pipeline, the
 command line.
+
+Names are imported when they are first used: `load` needs Flax, which a command has no time for.
 """
 
-from .compare import compare_checkpoints as compare_checkpoints
-from .inspect import inspect_checkpoint as inspect_checkpoint
-from .model import Model as Model
-from .model import load as load
-from .pipeline import ptq as ptq
-from .report import Report as Report
-from .settings import Settings as Settings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compare import compare_checkpoints as compare_checkpoints
+    from .inspect import inspect_checkpoint as inspect_checkpoint
+    from .model import Model as Model
+    from .model import load as load
+    from .pipeline import ptq as ptq
+    from .report import Report as Report
+    from .settings import Settings as Settings
+
+_HOMES = {
+    "compare_checkpoints": "compare",
+    "inspect_checkpoint": "inspect",
+    "Model": "model",
+    "load": "model",
+    "ptq": "pipeline",
+    "Report": "report",
+    "Settings": "settings",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return list(_HOMES)

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from jqx.models import ModelSpec, block_prefix, input_groups, kinds, param_shapes
 from jqx.tensors.paths import natural_key
 
@@ -74,7 +76,7 @@ def take_inventory(checkpoint: Checkpoint, spec: ModelSpec | None) -> Inventory:
     """The inventory of `checkpoint`, by `spec` where the architecture is known, else by names and
     ranks.
     """
-    names = _known_order(checkpoint, spec) if spec else sorted(checkpoint.tensors, key=natural_key)
+    names = _known_order(checkpoint, spec) if spec else _by_name(checkpoint)
     units = _units(names)
     prefixes = {block_prefix(spec, i) for i in range(len(kinds(spec)))} if spec else set()
     blocks = [i for i, unit in enumerate(units) if _block_of(unit[0]) in prefixes]
@@ -94,22 +96,44 @@ def _known_order(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
     return [name for name in param_shapes(spec) if name in checkpoint.tensors]
 
 
+def _by_name(checkpoint: Checkpoint) -> list[str]:
+    """Every tensor in natural order, without the copy of the embedding some tied models ship."""
+    names = sorted(checkpoint.tensors, key=natural_key)
+    head = "lm_head.weight"
+    if checkpoint.config.get("tie_word_embeddings") and head in names:
+        tables = [n for n in names if EMBEDDINGS.search(n.removesuffix(".weight"))]
+        if any(same_tensor(checkpoint, head, table) for table in tables):
+            names.remove(head)
+    return names
+
+
+def same_tensor(checkpoint: Checkpoint, a: str, b: str) -> bool:
+    """Whether two tensors hold the same bytes. Reads them."""
+    first, second = checkpoint.tensors[a], checkpoint.tensors[b]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    same = np.array_equal(checkpoint.read(a).view(np.uint8), checkpoint.read(b).view(np.uint8))
+    checkpoint.release(a)
+    checkpoint.release(b)
+    return same
+
+
 def _absent_head(
     checkpoint: Checkpoint, spec: ModelSpec | None, names: list[str]
 ) -> tuple[str, ...]:
     """A tied head owns no tensor, and is still a module that was left alone."""
     if spec is not None:
         head = spec.names.head
-    elif checkpoint.config.get("tie_word_embeddings", True) and _generates(checkpoint):
+    elif checkpoint.config.get("tie_word_embeddings", True) and _generates(checkpoint, names):
         head = "lm_head"
     else:
         return ()
     return () if head + ".weight" in names else (head,)
 
 
-def _generates(checkpoint: Checkpoint) -> bool:
+def _generates(checkpoint: Checkpoint, names: list[str]) -> bool:
     """Whether the model has a head at all, and none under a name of its own."""
-    owned = any(name.startswith(HEADS) for name in checkpoint.tensors)
+    owned = any(name.startswith(HEADS) for name in names)
     classes = checkpoint.config.get("architectures") or []
     return not owned and any("CausalLM" in name or "LMHead" in name for name in classes)
 

@@ -34,7 +34,7 @@ from .checkpoints import (
     open_checkpoint,
 )
 from .families import spec_from_config
-from .inventory import FLOATS, Inventory, Module, take_inventory
+from .inventory import FLOATS, Inventory, Module, same_tensor, take_inventory
 from .settings import Settings
 from .targets import TARGETS
 
@@ -141,6 +141,7 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
     spec = _spec(checkpoint, must=not data_free and settings.activations is None)
     if spec is not None:
         check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
+        spec = _with_own_head(checkpoint, spec)
     inventory = take_inventory(checkpoint, spec)
     if (dtype_key := model_dtype(checkpoint)) not in FLOATS:
         raise InputError(
@@ -247,6 +248,14 @@ def _spec(checkpoint: Checkpoint, *, must: bool) -> ModelSpec | None:
         if must:
             raise InputError(f"{checkpoint.path}: {error}") from error
         return None
+
+
+def _with_own_head(checkpoint: Checkpoint, spec: ModelSpec) -> ModelSpec:
+    """`spec`, untied where a model said to be tied ships a head that is not its embedding."""
+    head, table = f"{spec.names.head}.weight", f"{spec.names.embed}.weight"
+    if not spec.tied or head not in checkpoint.tensors or same_tensor(checkpoint, head, table):
+        return spec
+    return dataclasses.replace(spec, tied=False)
 
 
 def _choices(

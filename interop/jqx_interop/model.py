@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jqx.models import CausalLM, ModelSpec, param_shapes
+from jqx.models import ModelSpec, param_shapes
+from jqx.models.linen import CausalLM
 from jqx.tensors.paths import unflatten
 
 from .checkpoints import DTYPES, check_tensors, model_dtype, open_checkpoint

@@ -46,6 +46,11 @@ class Inputs:
     calibration: CalibrationSet | None = None
     activations: Activations | None = None
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model will be run on."""
+        return self.calibration.tokens if self.calibration else 0
+
 
 def ptq(
     model: str | Path,
@@ -67,7 +72,14 @@ def ptq(
 
 
 def load_inputs(job: Job) -> Inputs:
-    """Open the calibration data a job needs. Raises InputError for data that cannot be used."""
+    """Open the calibration data a job needs.
+
+    Raises InputError for data that cannot be used, and for a file that is not there even if nothing
+    needs it.
+    """
+    for given in (job.settings.calib, job.settings.activations):
+        if given is not None and not Path(given).exists():
+            raise InputError(f"{given}: no such file; give calibration data that is on this disk")
     if not (job.needs_inputs or job.needs_kv):
         return Inputs()
     if job.settings.activations is not None:
@@ -84,10 +96,10 @@ def load_inputs(job: Job) -> Inputs:
     )
 
 
-def run(job: Job, out: str | Path, progress: Progress) -> Report:
-    """Carry out a prepared job."""
+def run(job: Job, out: str | Path, progress: Progress, inputs: Inputs | None = None) -> Report:
+    """Carry out a prepared job; `inputs` are its `load_inputs`, if they are open already."""
     started = time.monotonic()
-    inputs = load_inputs(job)
+    inputs = inputs or load_inputs(job)
     if (data := inputs.calibration) is not None:
         shape = f"{len(data)} batches, {data.tokens:,} tokens"
         progress.note(f"calibrating on {data.source}: {shape}")
@@ -101,7 +113,11 @@ def run(job: Job, out: str | Path, progress: Progress) -> Report:
                 progress.note(
                     f"going on with an unfinished run: {len(done)} parts are there already"
                 )
-            _work(job, inputs, space, writer, records, progress)
+            try:
+                _work(job, inputs, space, writer, records, progress)
+            except InputError as error:
+                error.add_note("after a change of the model or the data pass --restart")
+                raise
             writer.finish()
         for file in small_files(job.checkpoint):
             shutil.copyfile(file, space.files / file.name)

@@ -23,13 +23,14 @@ from jqx.formats import find_format
 from jqx.models import ModelSpec
 
 from .checkpoints import parse_size, plan_shards
-from .device import compute_of
+from .device import callers, compute_of
 from .job import Job
 from .report import Coverage, coverage_of
 from .runner import ROWS_PER_CALL
 from .weights import CHUNK, encode_weight
 
-PROCESS = 350 << 20  # bytes of a process that has loaded JAX and compiled a few programs
+PROCESS = 110 << 20  # bytes of a process that has loaded JAX
+COMPILER = 130 << 20  # bytes that compiling the program of a block takes
 STARTUP = 3.0  # seconds to load JAX and compile
 
 
@@ -109,7 +110,7 @@ def _existing(path: Path) -> Path:
 
 def _memory(job: Job, tokens: int) -> tuple[int, int]:
     """Peak memory, and bytes of hidden states that go to disk."""
-    largest = max(math.prod(modules.shape) for modules in job.inventory.modules)
+    largest = max(math.prod(job.modules[path].shape) for path in job.choices)
     encoding = 2 * min(largest, CHUNK) * (4 + 4 + 2) + largest
     if not tokens or job.spec is None:
         return PROCESS + encoding, 0
@@ -123,8 +124,9 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
         + 3 * kind.mlp.inner
         + 4 * kind.attention.heads * kind.attention.head_dim
     )
-    rows = max(min(tokens, ROWS_PER_CALL), job.settings.calib_seq)
-    return PROCESS + block + hidden - spilled + rows * widths * 4 + encoding, 2 * spilled
+    rows = max(ROWS_PER_CALL, job.settings.calib_seq * max(job.settings.batch_size, 1))
+    calls = callers() * min(tokens, rows) * widths * 4
+    return PROCESS + COMPILER + block + hidden - spilled + calls + encoding, 2 * spilled
 
 
 def _block_parameters(spec: ModelSpec) -> int:

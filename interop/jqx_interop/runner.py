@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqx.calibrate import AffineKV, affine_fold, affine_start, amax, input_amax
+from jqx.calibrate import AffineKV, affine_fold, affine_start, amax, input_amax, never_met
 from jqx.config import KVFormat
 from jqx.errors import InputError
 from jqx.models import BlockKind, Compute, ModelSpec, block, block_prefix, embed, kinds
@@ -131,6 +131,9 @@ class Runner:
     def _checked(self, prefix: str, found: dict[str, float], fold: "Folding") -> BlockStats:
         if spoilt := [name for name, value in found.items() if not np.isfinite(value)]:
             self._blame(prefix, spoilt)
+        for name in never_met({n: v for n, v in found.items() if n.endswith(".weight")}):
+            what = f"{prefix}.{name.removesuffix('.weight')}"
+            self._progress.note(f"{what} met only zeros while calibrating: its scale is a guess")
         names = self._spec.names
         kept = {n: (v, None) for n, v in found.items() if n in (names.kept_k, names.kept_v)}
         inputs = {n.removesuffix(".weight"): v for n, v in found.items() if n not in kept}

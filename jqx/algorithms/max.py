@@ -5,7 +5,6 @@ A weight scale that covers a whole tensor may have to reach further, where linea
 same input share it.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -33,4 +32,4 @@ def max_calibrate(w: Float[Array, "n k"], fmt: Format, stats: LinearStats) -> QT
     whole = fmt.tensor_bound is not None or fmt.block == (None, None)
     amax = jnp.asarray(stats.amax) if whole and stats.amax is not None else None
     q = QTensor.quantize(w, fmt, amax)
-    return dataclasses.replace(q, input_scale=stats.input_scale)
+    return q.replace(input_scale=stats.input_scale)

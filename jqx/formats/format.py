@@ -98,13 +98,13 @@ def check_divides(fmt: Format, shape: tuple[int, ...]) -> None:
     if len(shape) < 2:
         raise InputError(
             f"{fmt.name} stores matrices, and {shape} is not one. "
-            "Leave it out with Rule(path, None)."
+            "Leave it out: a rule with weight null."
         )
     check_columns(fmt, shape)
     if fmt.packing == "rows" and shape[-2] % 2:
         raise InputError(
             f"{fmt.name} packs pairs of rows, but {shape} has {shape[-2]} of them. "
-            "Leave this weight out with Rule(path, None)."
+            "Leave this weight out: a rule with weight null."
         )
 
 
@@ -119,5 +119,5 @@ def check_columns(fmt: Format, shape: tuple[int, ...]) -> None:
     smaller = f"Take blocks of {fits} (--set block={fits}), or leave" if fits >= 16 else "Leave"
     raise InputError(
         f"{fmt.name} shares one scale over {cols} values, but the last axis of {shape} has {k}. "
-        f"{smaller} this weight out with Rule(path, None)."
+        f"{smaller} this weight out: a rule with weight null."
     )

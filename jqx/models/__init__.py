@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoders as data and pure functions: the spec, where parameters lie, and the arithmetic."""
+"""Decoders as data and pure functions: the spec, where parameters lie, and the arithmetic.
+
+The Flax module of a decoder is in `jqx.models.linen`; only that file imports Flax, which is slow.
+"""
 
 from .decoder import block as block
 from .decoder import embed as embed
@@ -14,8 +17,6 @@ from .layout import is_ignored as is_ignored
 from .layout import kinds as kinds
 from .layout import linears as linears
 from .layout import param_shapes as param_shapes
-from .linen import CausalLM as CausalLM
-from .linen import init_params as init_params
 from .spec import BF16 as BF16
 from .spec import COMPUTES as COMPUTES
 from .spec import FLOAT32 as FLOAT32

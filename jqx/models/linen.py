@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder as a Flax module, for code that expects `model.init` and `model.apply`."""
+"""What Flax needs: the decoder as a module with `init` and `apply`, and QTensors serialized."""
 
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import serialization
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int, Key
+
+from jqx.tensors.qtensor import LEAVES, QTensor
 
 from .decoder import forward
 from .layout import param_shapes
@@ -55,3 +58,17 @@ def _leaf(spec: ModelSpec, name: str, shape: tuple[int, ...], key: Key[Array, ""
     if len(shape) == 1:
         return jnp.full(shape, 0.0 if spec.final_norm.kind == "rms_plus_one" else 1.0)
     return spec.init_range * jax.random.normal(key, shape)
+
+
+def _state_of(q: QTensor) -> dict[str, Any]:
+    return {leaf: serialization.to_state_dict(getattr(q, leaf)) for leaf in LEAVES}
+
+
+def _with_state(q: QTensor, state: dict[str, Any]) -> QTensor:
+    leaves = {
+        leaf: serialization.from_state_dict(getattr(q, leaf), state[leaf], leaf) for leaf in LEAVES
+    }
+    return q.replace(**leaves)
+
+
+serialization.register_serialization_state(QTensor, _state_of, _with_state)

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """QTensor: a matrix, or a stack of them, in stored form, with what belongs to its linear; a pytree.
 
-It passes through jit, vmap, scan (stacked), `jax.eval_shape`, `jax.device_put` with shardings,
-orbax and flax.serialization: everything that depends on the number of leading axes is derived from
-the codes.
+It passes through jit, vmap, scan (stacked), `jax.eval_shape`, `jax.device_put` with shardings and
+orbax: everything that depends on the number of leading axes is derived from the codes. So it does
+through flax.serialization once `jqx.models.linen` is imported, which `jqx_interop.load` does.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -23,7 +24,15 @@ from jqx.formats import Encoded, Format, check_divides, decode, encode, find_for
 Leaf = Any
 
 
-@flax.struct.dataclass
+LEAVES = ("codes", "scale", "tensor_scale", "input_scale", "pre_quant_scale", "low_rank")
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=list(LEAVES),
+    meta_fields=["format", "dtype", "axis"],
+)
+@dataclasses.dataclass(frozen=True)
 class QTensor:
     """Codes and scales of the matrices [*lead, n, k] whose last axis is the contraction axis.
 
@@ -34,9 +43,9 @@ class QTensor:
     codes: Leaf  # as exported: float8_e4m3fn or int8 [*lead, n, k], or packed uint8
     scale: Leaf  # [*lead, blocks of rows, blocks of columns], [*lead] per tensor
     tensor_scale: Leaf  # float32 [*lead], or None for formats of one level
-    format: Format = flax.struct.field(pytree_node=False)
-    dtype: jnp.dtype = flax.struct.field(pytree_node=False)  # of the array it stands for
-    axis: int = flax.struct.field(pytree_node=False, default=-1)
+    format: Format
+    dtype: jnp.dtype  # of the array it stands for
+    axis: int = -1
     input_scale: Leaf = None  # float32 [*lead]: of the activation that meets this weight
     pre_quant_scale: Leaf = None  # [*lead, k]: the activation is multiplied by it first
     low_rank: Leaf = (
@@ -70,6 +79,10 @@ class QTensor:
         codes, scale, tensor_scale = _over(lead, lambda m, a: encode(m, fmt, a))(matrices, amax)
         from_end = axis if axis < 0 else axis - w.ndim
         return cls(codes, scale, tensor_scale, format=fmt, dtype=w.dtype, axis=from_end)
+
+    def replace(self, **fields: Any) -> "QTensor":
+        """The same with other `fields`, as `dataclasses.replace`."""
+        return dataclasses.replace(self, **fields)
 
     def decode(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """The array the codes stand for, in `dtype` (its own if None): float32 arithmetic, one

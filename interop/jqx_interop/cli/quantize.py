@@ -8,7 +8,7 @@ import typer
 
 from jqx.errors import InputError
 
-from .console import Bars, duration, out, print_json, print_table, size
+from .console import Bars, duration, err, out, print_json, print_table, size
 
 if TYPE_CHECKING:
     from jqx_interop.job import Job
@@ -125,14 +125,16 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         restart=restart,
     )
     job = prepare(model, read_recipe(recipe) if recipe else qformat, settings)
+    inputs = load_inputs(job)
     if plan:
-        data = load_inputs(job).calibration
-        _show_plan(make_plan(job, data.tokens if data else 0, destination), as_json)
+        _show_plan(make_plan(job, inputs.tokens, destination), as_json)
         return
     assert destination is not None
     with Bars() as bars:
         bars.note(_announcement(job))
-        report = run(job, destination, bars)
+        if err.is_terminal:
+            bars.note(_forecast(make_plan(job, inputs.tokens, destination)))
+        report = run(job, destination, bars, inputs)
     _show_report(report, as_json)
 
 
@@ -143,6 +145,13 @@ def _pair(text: str) -> tuple[str, str]:
             f"--set {text!r} has no value; write --set key=value, such as --set block=64"
         )
     return key.strip(), value.strip()
+
+
+def _forecast(plan: "Plan") -> str:
+    return (
+        f"about {duration(plan.seconds)}, {size(plan.peak_memory_bytes)} of memory, "
+        f"{size(plan.output_bytes + plan.spilled_bytes)} on disk ({size(plan.free_bytes)} free)"
+    )
 
 
 def _announcement(job: "Job") -> str:
