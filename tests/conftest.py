@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strict JAX for the whole suite, and where the shared material lies when there is any."""
+"""Strict JAX for the whole suite, where the shared material lies when there is any, and a model to
+spoil.
+"""
 
+import shutil
 from pathlib import Path
 
+import exports
 import jax
 import pytest
 
@@ -20,3 +24,23 @@ def shared() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip("no ../shared here")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """A model, its calibration ids and its recorded inputs."""
+    from source import MODEL  # late: jqx is imported after jaxtyping's hook is installed
+
+    folder = tmp_path_factory.mktemp("original")
+    exports.write_base(folder / MODEL, "llama")
+    (folder / f"{MODEL}-ids.npy").rename(folder / "ids.npy")
+    exports.write_activations(folder / "acts.safetensors", "llama")
+    return folder
+
+
+@pytest.fixture
+def here(original: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A copy of it all, the current directory."""
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
