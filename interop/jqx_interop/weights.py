@@ -22,8 +22,8 @@ from jqx.tensors import QTensor
 from .job import Job, input_bound
 from .targets import TARGETS, find_algo
 
-CHUNK = 1 << 24
-"""Values encoded in one call: what bounds the memory that a large matrix needs."""
+CHUNK = 1 << 21
+"""Values encoded in one call: few enough for a core's cache, and for memory with any matrix."""
 
 
 def read_tensor(job: Job, name: str) -> np.ndarray:
