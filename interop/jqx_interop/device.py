@@ -14,7 +14,7 @@ from jqx.models import COMPUTES, Compute
 
 CPU_FLAGS = Path("/proc/cpuinfo")
 BF16_UNITS = "amx_bf16"
-NAMES = ("auto", "float32", "bf16")
+COMPUTE_NAMES = ("auto", "float32", "bf16")
 
 
 @cache
@@ -44,8 +44,8 @@ def compute_of(name: str, dtype: np.dtype) -> Compute:
 
     Raises InputError for another name.
     """
-    if name not in NAMES:
-        raise nearest(name, NAMES, "compute")
+    if name not in COMPUTE_NAMES:
+        raise nearest(name, COMPUTE_NAMES, "compute")
     device = device_kind()
     if name == "auto":
         units = device != "cpu" and dtype == jnp.bfloat16

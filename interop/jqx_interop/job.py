@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one run will do, decided from config.json and tensor headers: no weight is read."""
+"""What one run will do, decided before it begins, from config.json and tensor headers."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -125,9 +125,7 @@ class Job:
 
 
 def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
-    """Decide everything about a run. Reads no weights; raises InputError for whatever would stop it
-    later.
-    """
+    """Decide everything about a run. Raises InputError for whatever would stop it later."""
     settings.check()
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)
@@ -251,7 +249,7 @@ def _spec(checkpoint: Checkpoint, *, must: bool) -> ModelSpec | None:
 
 
 def _with_own_head(checkpoint: Checkpoint, spec: ModelSpec) -> ModelSpec:
-    """`spec`, untied where a model said to be tied ships a head that is not its embedding."""
+    """`spec`, untied where a tied model ships a head that differs: the one reading of weights."""
     head, table = f"{spec.names.head}.weight", f"{spec.names.embed}.weight"
     if not spec.tied or head not in checkpoint.tensors or same_tensor(checkpoint, head, table):
         return spec

@@ -103,7 +103,7 @@ def run(job: Job, out: str | Path, progress: Progress, inputs: Inputs | None = N
     if (data := inputs.calibration) is not None:
         shape = f"{len(data)} batches, {data.tokens:,} tokens"
         progress.note(f"calibrating on {data.source}: {shape}")
-    plans = plan_shards(job.outputs, parse_size(job.settings.max_shard_size))
+    plans = plan_shards(job.outputs, job.settings.max_shard_size)
     with Workspace(out, job.checkpoint.path) as space, _told_where(space.directory):
         records = space.begin(fingerprint(job, inputs), restart=job.settings.restart)
         done = {record["unit"] for record in records if "unit" in record}

@@ -74,7 +74,7 @@ def make_plan(job: Job, tokens: int = 0, out: Path | None = None) -> Plan:
     """Forecast `job`, which runs the model on `tokens` tokens. `out` says whose disk must have
     room.
     """
-    shards = plan_shards(job.outputs, parse_size(job.settings.max_shard_size))
+    shards = plan_shards(job.outputs, job.settings.max_shard_size)
     sizes: dict[str, int] = {}
     for tensor in job.outputs:
         path = tensor.name.rpartition(".")[0]

@@ -9,8 +9,8 @@ from pathlib import Path
 from jqx.errors import InputError, nearest
 
 from .checkpoints import parse_size
+from .device import COMPUTE_NAMES
 
-COMPUTES = ("auto", "float32", "bf16")
 LEAST = {"calib_size": 1, "calib_seq": 1, "batch_size": 0}
 
 
@@ -49,5 +49,5 @@ class Settings:
                 parse_size(getattr(self, field))
             except InputError as error:
                 raise InputError(f"{field}: {error}") from error
-        if self.compute not in COMPUTES:
-            raise nearest(self.compute, COMPUTES, "compute")
+        if self.compute not in COMPUTE_NAMES:
+            raise nearest(self.compute, COMPUTE_NAMES, "compute")
