@@ -16,3 +16,4 @@ from .recipes import Recipe as Recipe
 from .tensors import QTensor as QTensor
 from .tensors import Stats as Stats
 from .transforms import observe as observe
+from .transforms import quantized as quantized

@@ -68,10 +68,12 @@ class InputFormat:
     """How the input of a linear is quantized when the model runs.
 
     `bound`: what input_amax is divided by to give input_scale; None where the engine finds the
-    scale itself. `code_max`: the largest code where blocks have scales of their own.
+    scale itself. `code_max`: the largest code where blocks have scales of their own. `format`: the
+    row of FORMATS whose codes the values become, tokens being rows.
     """
 
     name: str
+    format: str
     bound: float | None
     mode: str
     code_max: float | None = None
@@ -80,26 +82,30 @@ class InputFormat:
 INPUT_FORMATS = {
     row.name: row
     for row in (
-        InputFormat(name="fp8", bound=448.0, mode="static, per tensor"),
-        InputFormat(name="fp8_token", bound=None, mode="dynamic, per token"),
-        InputFormat(name="int8", bound=127.0, mode="static, per tensor"),
+        InputFormat(name="fp8", format="fp8", bound=448.0, mode="static, per tensor"),
+        InputFormat(name="fp8_token", format="fp8_channel", bound=None, mode="dynamic, per token"),
+        InputFormat(name="int8", format="int8_tensor", bound=127.0, mode="static, per tensor"),
         InputFormat(
             name="nvfp4",
+            format="nvfp4",
             bound=6.0 * 448.0,
             mode="dynamic block scales, static tensor scale",
             code_max=6.0,
         ),
-        InputFormat(name="mxfp4", bound=None, mode="dynamic, per 32"),
-        InputFormat(name="mxfp8", bound=None, mode="dynamic, per 32"),
+        InputFormat(name="mxfp4", format="mxfp4", bound=None, mode="dynamic, per 32"),
+        InputFormat(name="mxfp8", format="mxfp8", bound=None, mode="dynamic, per 32"),
     )
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVFormat:
-    """How keys and values are stored; `cast` needs no scales, `affine` subtracts a mean first."""
+    """How keys and values are stored; `cast` needs no scales, `affine` subtracts a mean first.
+    `format`: the row of FORMATS.
+    """
 
     name: str
+    format: str
     bound: float = 448.0
     affine: bool = False
     cast: bool = False
@@ -108,12 +114,12 @@ class KVFormat:
 KV_FORMATS = {
     row.name: row
     for row in (
-        KVFormat(name="fp8"),
-        KVFormat(name="fp8_affine", affine=True),
-        KVFormat(name="fp8_cast", cast=True),
-        KVFormat(name="nvfp4"),
-        KVFormat(name="nvfp4_affine", affine=True),
-        KVFormat(name="nvfp4_cast", cast=True),
+        KVFormat(name="fp8", format="fp8"),
+        KVFormat(name="fp8_affine", format="fp8", affine=True),
+        KVFormat(name="fp8_cast", format="fp8", cast=True),
+        KVFormat(name="nvfp4", format="nvfp4"),
+        KVFormat(name="nvfp4_affine", format="nvfp4", affine=True),
+        KVFormat(name="nvfp4_cast", format="nvfp4", cast=True),
     )
 }
 

@@ -189,3 +189,73 @@ def decode(w, name, amax=None):
     for i, j, s in blocks(w.shape, rows, cols):
         out[s] = flush(value(element, codes[s]) * flush(step[i, j]))
     return out
+
+
+# --- activations
+# element, values per scale (0: all of it, 1: a token), bound of a scale that is stored
+INPUTS = {
+    "fp8": ("e4m3", 0, 448.0),
+    "fp8_token": ("e4m3", 1, None),
+    "int8": ("int8", 0, 127.0),
+    "nvfp4": ("e2m1", 16, 2688.0),
+    "mxfp4": ("e2m1", 32, None),
+    "mxfp8": ("e4m3", 32, None),
+}
+CACHES = {"fp8": ("e4m3", 0, 1.0), "nvfp4": ("e2m1", 16, 6.0)}  # ..., k_scale / tensor scale
+
+
+def scale_of(x, bound):
+    return np.maximum(flush(np.abs(x).max() / np.float32(bound)), TINY)
+
+
+@np.errstate(over="ignore")  # beyond float32 is infinity, as it is in the machine
+def step_of(x, element, size, scale):
+    """The step of the values `x` that share it. `scale`: the stored one, None where there is
+    none.
+    """
+    largest = np.abs(x).max()
+    if size == 32:
+        return np.exp2(np.float32(exponent(largest, BOUND[element])))
+    if size == 16:  # no smallest scale: a block may lose everything
+        s = flush(largest) / (np.float32(6) * scale)
+        return flush(E4M3[nearest(E4M3, min(s, 448))].astype(np.float32) * scale)
+    if size == 1:
+        return scale_of(x, 448) if largest else np.float32(1)
+    return scale
+
+
+@np.errstate(over="ignore")
+def through(x, element, step):
+    """float32 values as they come back from codes of one step."""
+    if step == 0:
+        return np.zeros_like(x)
+    q = np.float64(x) / step if np.frexp(step)[0] == 0.5 else flush(flush(x) / step)
+    return flush(value(element, CODE[element](q, x)) * flush(step))
+
+
+def activation(x, name, scale=None):
+    """An input of a linear in the format `name`, in its own dtype."""
+    element, size, bound = INPUTS[name]
+    wide = x.astype(np.float32)
+    if bound and scale is None:
+        scale = scale_of(wide, bound)
+    out = np.zeros_like(wide)
+    for at in np.ndindex(x.shape[:-1]):
+        for *_, s in blocks((1, x.shape[-1]), 1, size if size > 1 else 0):
+            here = (*at, s[1])
+            out[here] = through(wide[here], element, step_of(wide[here], element, size, scale))
+    return out.astype(x.dtype)
+
+
+def cached(x, name, scale=None, bias=None):
+    """Keys or values [b, h, t, d] as they come out of a cache in the format `name`."""
+    element, size, fold = CACHES[name.split("_")[0]]
+    scale = np.float32(1 if scale is None else scale) / np.float32(fold)
+    shift = np.float32(0) if bias is None else bias.astype(np.float32)
+    wide = (x.astype(np.float32) - shift).astype(np.float32)
+    out = np.zeros_like(wide)
+    for at in np.ndindex(x.shape[:-1]):
+        for *_, s in blocks((1, x.shape[-1]), 1, size):
+            here = (*at, s[1])
+            out[here] = through(wide[here], element, step_of(wide[here], element, size, scale))
+    return (out + shift).astype(np.float32).astype(x.dtype)

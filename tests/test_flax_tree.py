@@ -3,16 +3,23 @@
 unmodified.
 """
 
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import reference
 from flax import nnx, serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jqx.models import BF16, FLOAT32, forward, param_shapes
+from jqx import InputError, QTensor, observe, quantized
+from jqx.config import KV_FORMATS
+from jqx.models import BF16, FLOAT32, block, forward, param_shapes
 from jqx.models.linen import CausalLM, init_params
 from jqx_interop.families import spec_from_config
 
@@ -71,8 +78,113 @@ def test_linen_apply_is_forward(params):
 def test_linen_refuses_a_tree_of_other_shapes(params):
     wrong = jax.tree.map(lambda x: x, params)
     wrong["lm_head"]["weight"] = jnp.zeros((31, 16))
-    with pytest.raises(Exception, match="shape"):
+    message = r"^lm_head.weight has the shape \(31, 16\), and the model needs one of \(32, 16\)"
+    with pytest.raises(InputError, match=message):
         MODEL.apply({"params": wrong}, IDS)
+    del wrong["lm_head"]["weight"]
+    with pytest.raises(InputError, match=r"^lm_head.weight is missing, .* one of \(32, 16\)"):
+        MODEL.apply({"params": wrong}, IDS)
+    with pytest.raises(InputError, match=r"^model.embed_tokens.weight is missing"):
+        MODEL.apply({"params": {"lm_head": wrong["lm_head"]}}, IDS)
+
+
+def test_linen_takes_leaves_in_boxes(params):
+    """As `nn.with_partitioning` leaves them."""
+    boxed = jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), params)
+    np.testing.assert_array_equal(MODEL.apply({"params": boxed}, IDS), forward(SPEC, params, IDS))
+
+
+@partial(jax.jit, static_argnames="weight")
+def stored(params, weight="fp8_channel", **fields):
+    """The tree with its projections as QTensors."""
+
+    def store(path, x):
+        if "proj" not in jax.tree_util.keystr(path) or x.ndim != 2:
+            return x
+        return QTensor.quantize(x, weight).replace(**fields)
+
+    return jax.tree_util.tree_map_with_path(store, params)
+
+
+def decoded(tree):
+    is_stored = {"is_leaf": lambda x: isinstance(x, QTensor)}
+    return jax.tree.map(lambda x: x.decode() if isinstance(x, QTensor) else x, tree, **is_stored)
+
+
+def test_linen_runs_stored_weights(params):
+    tree = stored(params)
+    assert isinstance(tree["model"]["layers"]["0"]["mlp"]["up_proj"]["weight"], QTensor)
+    logits = MODEL.apply({"params": tree}, IDS)
+    np.testing.assert_array_equal(logits, forward(SPEC, tree, IDS))
+    np.testing.assert_allclose(logits, forward(SPEC, jax.jit(decoded)(tree), IDS), atol=1e-5)
+    assert np.abs(logits - forward(SPEC, params, IDS)).max() > 1e-3
+    wrong = jax.tree.map(lambda x: x, tree)
+    attention = wrong["model"]["layers"]["1"]["self_attn"]
+    attention["q_proj"] = {"weight": attention["v_proj"]["weight"]}
+    with pytest.raises(InputError, match=r"1.self_attn.q_proj.weight has the shape \(8, 16\)"):
+        MODEL.apply({"params": wrong}, IDS)
+
+
+def test_linen_quantizes_inputs_as_the_weights_say(params):
+    """In the program of a whole model, and under grad: only the inputs of stored weights."""
+    tree = stored(params)
+    named = jax.tree.map(
+        lambda q: q.replace(input_format="fp8_token") if isinstance(q, QTensor) else q,
+        tree,
+        is_leaf=lambda x: isinstance(x, QTensor),
+    )
+    found = jax.jit(lambda p, ids: observe(MODEL.apply, _input)({"params": p}, ids))
+    plain, seen = found(jax.jit(decoded)(tree), IDS)
+    logits = jax.jit(MODEL.apply)({"params": named}, IDS)
+    assert np.abs(logits - plain).max() > 1e-3
+    x = seen["model.layers.0.self_attn.q_proj.weight"]
+    first = jnp.asarray(reference.activation(np.asarray(x), "fp8_token"))
+    q = tree["model"]["layers"]["0"]["self_attn"]["q_proj"]["weight"]
+    run = jax.jit(quantized(lambda q, x: x @ q.T))
+    got = run(q.replace(input_format="fp8_token"), x)
+    np.testing.assert_allclose(got, first @ q.decode().T, atol=1e-5)
+
+    def loss(norm):
+        model = {**named["model"], "norm": {"weight": norm}}
+        return MODEL.apply({"params": {**named, "model": model}}, IDS).sum()
+
+    gradient = jax.jit(jax.grad(loss))(named["model"]["norm"]["weight"])
+    assert np.abs(gradient).min() > 0
+
+
+def _input(use, x):
+    return x if use.op == "dot" else None
+
+
+@pytest.mark.parametrize("cache", ["fp8", "fp8_cast", "nvfp4_affine"])
+def test_keys_and_values_are_rounded_with_the_scales_beside_their_projections(params, cache):
+    row = KV_FORMATS[cache]
+    wide = spec_from_config(CONFIG | {"head_dim": 16})
+    spec = dataclasses.replace(wide, kv_cache=cache)
+    tree = init_params(wide, jax.random.key(3))
+    beside = {
+        "k": {"k_scale": jnp.float32(0.003), "k_bias": jnp.full((1, 1, 1, 16), 0.25)},
+        "v": {"v_scale": jnp.float32(0.002), "v_bias": jnp.full((1, 1, 1, 16), -0.5)},
+    }
+    wanted = {"scale": not row.cast, "bias": row.affine}
+    for letter, leaves in beside.items():
+        kept = {name: x for name, x in leaves.items() if wanted[name[2:]]}
+        tree["model"]["layers"]["0"]["self_attn"][f"{letter}_proj"] |= kept
+    block_tree = tree["model"]["layers"]["0"]
+    h = jax.random.normal(jax.random.key(1), (2, 5, 16))
+    positions = jnp.broadcast_to(jnp.arange(5)[None], (2, 5))
+
+    def seen(spec):
+        run = partial(block, spec, spec.blocks[0], positions=positions)
+        what = observe(lambda p, h: run(p, h), lambda use, x: x if use.op == "name" else None)
+        return jax.jit(what)(block_tree, h)
+
+    (plain, before), (rounded, after) = seen(wide), seen(spec)
+    for letter, leaves in beside.items():
+        given = {n[2:]: np.asarray(x) for n, x in leaves.items() if wanted[n[2:]]}
+        defined = reference.cached(np.asarray(before[f"self_attn.{letter}"]), cache, **given)
+        np.testing.assert_allclose(after[f"self_attn.{letter}"], defined, rtol=1e-6, atol=1e-7)
+    assert np.abs(plain - rounded).max() > 1e-4
 
 
 def test_flatten_and_unflatten(params):

@@ -17,7 +17,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jqx import models
 from jqx.models import BF16, COMPUTES, FLOAT32
-from jqx.models.attention import ATTENTIONS
+from jqx.models.attention import ATTENTIONS, Sight
 from jqx_interop.families import spec_from_config
 
 CASES = list(golden.CASES)
@@ -139,13 +139,18 @@ def test_attention_follows_the_definition(form, window):
     q = draw.standard_normal((2, 2, 2, t, 4), np.float32)
     k, v = draw.standard_normal((2, 2, 2, t, 4), np.float32)
     seen = np.arange(t)[None] >= np.array([[0], [3]])
-    got = np.asarray(jax.jit(partial(ATTENTIONS[form], row, compute=FLOAT32))(q, k, v, seen))
+    attend = jax.jit(partial(ATTENTIONS[form], row, compute=FLOAT32))
+    heads = [a.reshape(4, *a.shape[2:]) for a in (q, k, v)]
+    real = np.repeat(seen, 2, axis=0)
+    got = np.asarray(attend(*heads, Sight(real))).reshape(q.shape)
     wanted = attention_by_definition(row, q[:1], k[:1], v[:1], seen[:1])
     np.testing.assert_allclose(got[:1], wanted, atol=3e-6)
     wanted = attention_by_definition(
         row, q[1:, ..., 3:, :], k[1:, :, 3:], v[1:, :, 3:], seen[1:, 3:]
     )
     np.testing.assert_allclose(got[1:, ..., 3:, :], wanted, atol=3e-6)
+    late = attend(heads[0][:, :, 100:240], *heads[1:], Sight(real, np.int32(100)))
+    np.testing.assert_allclose(late.reshape(*q.shape[:3], 140, 4), got[..., 100:240, :], atol=3e-6)
 
 
 def named_values(jaxpr, found):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The notebooks run from top to bottom, and are kept without outputs."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -41,6 +42,8 @@ def test_it_runs(path):
     results = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in results), "the plot is missing"
     printed = "".join(output.get("text", "") for output in results)
-    rows = [line.split() for line in printed.splitlines() if "KL divergence" in line]
-    kl = {row[0]: float(row[3].rstrip(",")) for row in rows}
-    assert kl["fp8"] < kl["nvfp4"] < kl["int4_blockwise_weight_only"] < 1
+    kl = dict(re.findall(r"^(\w+) .*KL divergence (\d\.\d+)", printed, re.MULTILINE))
+    assert float(kl["fp8"]) < float(kl["int4_blockwise_weight_only"]) < float(kl["nvfp4"]) < 1
+    assert "saving and loading: True" in printed
+    before, after = re.findall(r"^KL ([\d.]+) -> ([\d.]+)$", printed, re.MULTILINE)[0]
+    assert float(after) < float(before)

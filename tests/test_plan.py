@@ -101,7 +101,7 @@ def test_weights_may_be_anything(tmp_path: Path, root: Path, plan):
 
 def test_more_work_takes_more(plan):
     row = Export(model="llama", recipe="nvfp4")
-    plans = [plan(row, tokens) for tokens in (0, 1_000, 100_000, 10_000_000)]
+    plans = [plan(row, tokens) for tokens in (0, 1_000, 100_000, 1_000_000)]
     for less, more in zip(plans, plans[1:], strict=False):
         assert less.seconds <= more.seconds
         assert less.peak_memory_bytes <= more.peak_memory_bytes

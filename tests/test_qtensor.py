@@ -127,6 +127,21 @@ def test_scan_and_vmap_meet_members(name):
     same(jax.vmap(lambda w: QTensor.quantize(w, name))(jnp.asarray(w)), q)
 
 
+def test_the_input_format_is_static_and_stays():
+    q = QTensor.quantize(jnp.asarray(stack(2)), "int8")
+    assert q.input_format is None
+    q = q.replace(input_format="mxfp8")
+    assert jax.tree.structure(q) != jax.tree.structure(q.replace(input_format=None))
+    seen = [
+        jax.jit(lambda q: q)(q),
+        jax.vmap(lambda q: q)(q),
+        jax.lax.scan(lambda c, q: (c, q), 0, q)[1],
+        jax.eval_shape(lambda q: q, q),
+        jax.tree.map(lambda a: a[0], q),
+    ]
+    assert [s.input_format for s in seen] == ["mxfp8"] * 5
+
+
 def test_abstract_values_have_the_same_structure():
     w = jnp.asarray(stack(2))
     for name in FORMATS:
@@ -150,7 +165,8 @@ def test_a_gradient_reaches_the_scales():
 
 @pytest.mark.parametrize("name", ["fp8", "nvfp4", "int4"])
 def test_orbax_and_flax_bring_back_the_same_bytes(name, tmp_path):
-    q = QTensor.quantize(jnp.asarray(stack(2)), name).replace(input_scale=jnp.ones(2))
+    q = QTensor.quantize(jnp.asarray(stack(2)), name)
+    q = q.replace(input_scale=jnp.ones(2), input_format="fp8")
     tree = {"model": {"0": {"weight": q, "bias": jnp.ones(3)}}}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "saved", tree)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration texts and chats: what each source gives, and every way it is refused."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -166,7 +165,6 @@ def test_no_sequences_are_asked_for(tmp_path: Path, model: Path, size: int, leng
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
 CHAT = '{"messages": [{"role": "user", "content": "a b"}, {"role": "x", "content": "c"}]}\n'
-needs_jinja = pytest.mark.skipif(not importlib.util.find_spec("jinja2"), reason="no jinja2")
 
 
 def test_messages_need_a_template(tmp_path: Path, model: Path):
@@ -176,14 +174,6 @@ def test_messages_need_a_template(tmp_path: Path, model: Path):
     refused(tmp_path / "t.jsonl", model, "tokenizer_config.json: is not JSON")
 
 
-def test_messages_need_jinja(tmp_path: Path, model: Path, monkeypatch):
-    (tmp_path / "t.jsonl").write_text(CHAT)
-    (model / "chat_template.jinja").write_text(TEMPLATE)
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    refused(tmp_path / "t.jsonl", model, "line 1", "pip install jinja2")
-
-
-@needs_jinja
 @pytest.mark.parametrize("place", ["file", "config", "named", "json"])
 def test_messages_go_through_the_template(tmp_path: Path, model: Path, place: str):
     (tmp_path / "t.jsonl").write_text(CHAT)
@@ -200,7 +190,6 @@ def test_messages_go_through_the_template(tmp_path: Path, model: Path, place: st
     assert words(load(tmp_path / "t.jsonl", model, length=4)) == ["jabc"]  # no second <s>
 
 
-@needs_jinja
 @pytest.mark.parametrize(
     ("template", "phrase"),
     [

@@ -10,20 +10,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compare import compare_checkpoints as compare_checkpoints
+    from .evaluation import EvalSettings as EvalSettings
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import evaluate as evaluate
+    from .generation import Completion as Completion
+    from .generation import Sampling as Sampling
+    from .generation import generate as generate
     from .inspect import inspect_checkpoint as inspect_checkpoint
     from .model import Model as Model
     from .model import load as load
     from .pipeline import ptq as ptq
     from .report import Report as Report
+    from .saving import save as save
     from .settings import Settings as Settings
 
 _HOMES = {
     "compare_checkpoints": "compare",
+    "Completion": "generation",
+    "EvalSettings": "evaluation",
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
+    "generate": "generation",
     "inspect_checkpoint": "inspect",
     "Model": "model",
     "load": "model",
     "ptq": "pipeline",
     "Report": "report",
+    "Sampling": "generation",
+    "save": "saving",
     "Settings": "settings",
 }
 

@@ -2,23 +2,38 @@
 """The two JSON files that tell an engine what a checkpoint holds."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from jqx.config import Choice
 
 from .job import Job
 from .targets import TARGETS
 
 
 def write_descriptions(job: Job, folder: Path) -> None:
-    """Write config.json, the source's with `quantization_config` added last, and
-    hf_quant_config.json.
-    """
-    target = TARGETS[job.settings.target]
+    """Write config.json and hf_quant_config.json for what `job` quantized."""
     described = (job.choices, job.unquantized, job.kv)
-    config = {k: v for k, v in job.checkpoint.config.items() if k != "quantization_config"}
-    config["quantization_config"] = target.quantization_config(*described)
-    _write(folder / "config.json", config)
-    _write(folder / "hf_quant_config.json", target.describe(*described))
+    describe(folder, job.checkpoint.config, described, job.settings.target)
+
+
+def describe(
+    folder: Path,
+    config: Mapping[str, Any],
+    described: tuple[Mapping[str, Choice], Iterable[str], str | None],
+    target: str,
+) -> None:
+    """Write config.json, which is `config` with `quantization_config` added last, and
+    hf_quant_config.json.
+
+    `described`: quantized modules in module order, the others, and the format of the KV cache.
+    """
+    row = TARGETS[target]
+    content = {k: v for k, v in config.items() if k != "quantization_config"}
+    content["quantization_config"] = row.quantization_config(*described)
+    _write(folder / "config.json", content)
+    _write(folder / "hf_quant_config.json", row.describe(*described))
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

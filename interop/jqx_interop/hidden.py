@@ -60,11 +60,14 @@ class HiddenStates:
             self._open(self.block + 1, "r+")[i] = np.asarray(states)
             self._arrays[i] = None
 
-    def turn(self) -> str | None:
-        """The present block is done: its results become the next one's input. Returns the digest of
-        the files.
-        """
+    def turn(self) -> None:
+        """The present block is done: its results become the next one's input."""
         self.block += 1
+
+    def digest(self) -> str | None:
+        """Write the states before the present block out for good; returns their digest. None if
+        they are not in files.
+        """
         if self._folder is None:
             return None
         states = self._open(self.block, "r+")

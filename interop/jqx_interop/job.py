@@ -36,7 +36,7 @@ from .checkpoints import (
 from .families import spec_from_config
 from .inventory import FLOATS, Inventory, Module, same_tensor, take_inventory
 from .settings import Settings
-from .targets import TARGETS
+from .targets import TARGETS, companions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +139,7 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
     spec = _spec(checkpoint, must=not data_free and settings.activations is None)
     if spec is not None:
         check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
-        spec = _with_own_head(checkpoint, spec)
+        spec = own_head(checkpoint, spec)
     inventory = take_inventory(checkpoint, spec)
     if (dtype_key := model_dtype(checkpoint)) not in FLOATS:
         raise InputError(
@@ -224,7 +224,10 @@ def refuse_unheard(name: str, config: QuantConfig) -> None:
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise InputError if `checkpoint` is quantized already."""
-    if found := checkpoint.config.get("quantization_config"):
+    found = checkpoint.config.get("quantization_config")
+    if not found and (checkpoint.path / "hf_quant_config.json").is_file():
+        found = {"quant_method": "modelopt"}
+    if found:
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
         raise InputError(
             f"{checkpoint.path} is already quantized (quant_method {method!r}); "
@@ -248,7 +251,7 @@ def _spec(checkpoint: Checkpoint, *, must: bool) -> ModelSpec | None:
         return None
 
 
-def _with_own_head(checkpoint: Checkpoint, spec: ModelSpec) -> ModelSpec:
+def own_head(checkpoint: Checkpoint, spec: ModelSpec) -> ModelSpec:
     """`spec`, untied where a tied model ships a head that differs: the one reading of weights."""
     head, table = f"{spec.names.head}.weight", f"{spec.names.embed}.weight"
     if not spec.tied or head not in checkpoint.tensors or same_tensor(checkpoint, head, table):
@@ -334,15 +337,7 @@ def _companions(job: Job) -> dict[str, list[TensorOut]]:
     """Tensor name -> scales that follow it: those of a linear after its last parameter, KV scales
     last of all.
     """
-    last: dict[str, str] = {}
-    for name in job.inventory.tensors:
-        last[name.rpartition(".")[0]] = name
-    after: dict[str, list[TensorOut]] = {}
-    for path in job.choices:
-        after.setdefault(last[path], []).extend(job.linear_outputs(path)[1:])
+    groups = {path: job.linear_outputs(path)[1:] for path in job.choices}
     for attention in job.attentions if job.needs_kv else ():
-        inside = attention.path + "."
-        unit = job.inventory.units[attention.unit]
-        anchor = [name for name in unit if name.startswith(inside)][-1]
-        after.setdefault(anchor, []).extend(attention.outputs(job.kv_format, dtype_name(job.dtype)))
-    return after
+        groups[attention.path] = attention.outputs(job.kv_format, dtype_name(job.dtype))
+    return companions(job.inventory.tensors, groups)

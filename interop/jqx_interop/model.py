@@ -11,22 +11,20 @@ from jaxtyping import Array, Float, Int
 
 from jqx.models import ModelSpec, param_shapes
 from jqx.models.linen import CausalLM
-from jqx.tensors.paths import unflatten
 
-from .checkpoints import DTYPES, check_tensors, model_dtype, open_checkpoint
-from .families import spec_from_config
-from .job import optional_tensors, refuse_quantized
+from .stored import open_model, read_params
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """`params`: nested dict whose paths are the tensor names; `module`: a Linen module; `config`:
-    config.json.
+    """`params`: nested dict whose paths are the tensor names, QTensors where weights are quantized;
+    `module`: a Linen module; `config`: config.json; `path`: the directory it came from, if any.
     """
 
     params: dict[str, Any]
     module: CausalLM
     config: dict[str, Any]
+    path: Path | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -48,13 +46,13 @@ class Model:
 def load(model: str | Path) -> Model:
     """Read a whole checkpoint into memory, in the dtype its configuration names.
 
-    Raises InputError for what cannot be read: see `open_checkpoint`; unknown families; quantized
-    checkpoints.
+    Quantized weights stay as they are stored, and run as their formats say. Raises InputError for
+    what cannot be read: see `open_model`.
     """
-    checkpoint = open_checkpoint(model)
-    refuse_quantized(checkpoint)
-    spec = spec_from_config(checkpoint.config)
-    check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
-    dtype = DTYPES[model_dtype(checkpoint)]
-    named = {name: jnp.asarray(checkpoint.read(name), dtype) for name in param_shapes(spec)}
-    return Model(params=unflatten(named), module=CausalLM(spec), config=checkpoint.config)
+    source = open_model(model)
+    return Model(
+        params=read_params(source, param_shapes(source.spec)),
+        module=CausalLM(source.spec),
+        config=source.checkpoint.config,
+        path=source.checkpoint.path,
+    )

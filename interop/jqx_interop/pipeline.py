@@ -25,16 +25,18 @@ from jqx.config import to_json
 from jqx.errors import InputError
 from jqx.recipes import Recipe
 
+from .chain import rows_per_call
 from .checkpoints import ShardWriter, Workspace, digest, parse_size, plan_shards, small_files
 from .data import Activations, CalibrationSet, load_calibration
 from .describe import write_descriptions
 from .device import compute_of, processors
+from .families import context_of
 from .hidden import HiddenStates
 from .job import Job, prepare
 from .progress import Progress, Silent
 from .recorded import Recorded
 from .report import Report, report_of
-from .runner import ROWS_PER_CALL, BlockStats, Runner
+from .runner import BlockStats, Runner
 from .settings import Settings
 from .units import Finisher
 
@@ -91,7 +93,7 @@ def load_inputs(job: Job) -> Inputs:
             tokenizer_dir=job.checkpoint.path,
             vocab_size=job.spec.vocab,
             size=job.settings.calib_size,
-            length=job.settings.calib_seq,
+            length=min(job.settings.calib_seq, context_of(job.checkpoint.config)),
         )
     )
 
@@ -231,8 +233,7 @@ def _hidden_states(job: Job, data: CalibrationSet, space: Workspace) -> HiddenSt
     assert job.spec is not None
     compute = compute_of(job.settings.compute, job.dtype)
     n, tokens = sum(len(batch) for batch in data.batches), data.batches[0].shape[1]
-    rows = job.settings.batch_size or max(1, ROWS_PER_CALL // tokens)
-    rows = -(-n // -(-n // min(rows, n)))
+    rows = rows_per_call(n, tokens, job.settings.batch_size)
     shape = (n, tokens, job.spec.hidden)
     size = n * tokens * job.spec.hidden * np.dtype(compute.carrier).itemsize
     spill = size > parse_size(job.settings.max_memory)

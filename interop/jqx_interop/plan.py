@@ -22,11 +22,11 @@ from jqx.algorithms import LinearStats
 from jqx.formats import find_format
 from jqx.models import ModelSpec
 
+from .chain import ROWS_PER_CALL
 from .checkpoints import parse_size, plan_shards
 from .device import callers, compute_of
 from .job import Job
 from .report import Coverage, coverage_of
-from .runner import ROWS_PER_CALL
 from .weights import CHUNK, encode_weight
 
 PROCESS = 110 << 20  # bytes of a process that has loaded JAX
@@ -116,7 +116,7 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
         return PROCESS + encoding, 0
     carrier = np.dtype(compute_of(job.settings.compute, job.dtype).carrier).itemsize
     kind = job.spec.blocks[0]
-    block = _block_parameters(job.spec) * carrier
+    block = block_parameters(job.spec) * carrier
     hidden = tokens * job.spec.hidden * carrier
     spilled = hidden if hidden > parse_size(job.settings.max_memory) else 0
     widths = (
@@ -129,7 +129,7 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
     return PROCESS + COMPILER + block + hidden - spilled + calls + encoding, 2 * spilled
 
 
-def _block_parameters(spec: ModelSpec) -> int:
+def block_parameters(spec: ModelSpec) -> int:
     """Weights of the largest block."""
 
     def count(i: int) -> int:
@@ -152,13 +152,18 @@ def _seconds(job: Job, tokens: int) -> float:
     numel = sum(math.prod(job.modules[path].shape) for path in job.choices)
     seconds = STARTUP + numel / w.size * encoding
     if tokens and job.spec is not None:
-        a = jnp.ones((1024, 1024), jnp.float32)
-        rate = 2 * 1024**3 / _best(lambda: _product(a))
+        rate = product_rate()
         blocks = len(job.spec.blocks)
         row = job.spec.blocks[0].attention
         scores = 2 * tokens * job.settings.calib_seq * row.heads * row.head_dim
-        seconds += blocks * (2 * _block_parameters(job.spec) * tokens + 4 * scores) / rate
+        seconds += blocks * (2 * block_parameters(job.spec) * tokens + 4 * scores) / rate
     return seconds
+
+
+def product_rate() -> float:
+    """Operations a second in a float32 matrix product, measured now."""
+    a = jnp.ones((1024, 1024), jnp.float32)
+    return 2 * 1024**3 / _best(lambda: _product(a))
 
 
 _product = jax.jit(lambda a: a @ a)

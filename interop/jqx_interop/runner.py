@@ -2,12 +2,11 @@
 """Running the model over the calibration data, one block in memory at a time, and reducing what its
 linears meet.
 
-All blocks of one kind run one compiled program. Rows are sequences; a call takes a fixed number of
-them, and the last call is filled up by repeating a row, which changes no maximum.
+All blocks of one kind run one compiled program. Rows are sequences; the row that the last call
+repeats changes no maximum.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
@@ -19,21 +18,17 @@ import numpy as np
 from jqx.calibrate import AffineKV, affine_fold, affine_start, amax, input_amax, never_met
 from jqx.config import KVFormat
 from jqx.errors import InputError
-from jqx.models import BlockKind, Compute, ModelSpec, block, block_prefix, embed, kinds
+from jqx.models import BlockKind, Compute, ModelSpec, block, block_prefix, kinds
 from jqx.tensors.paths import unflatten
 from jqx.transforms import Use, observe
 
+from .chain import embed_rows, side_by_side
 from .data import CalibrationSet
-from .device import callers, compute_of
+from .device import compute_of
 from .hidden import HiddenStates
 from .job import Job
 from .progress import Progress
 from .weights import checked_amax, read_tensor
-
-ROWS_PER_CALL = 512
-"""Tokens in one call: fewer leave a CPU's matrix products short; with more, temporaries outgrow its
-caches and what its allocator keeps, which cost more than longer products gain (measured).
-"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +52,6 @@ class Runner:
         self._compute = compute_of(job.settings.compute, job.dtype)
         self._kv = job.kv_format if job.needs_kv else None
         self._blocks = {unit: i for i, unit in enumerate(job.inventory.blocks)}
-        self._callers = callers()
 
     def prepare(self, left: list[int], records: list[dict[str, Any]]) -> None:
         """Bring the hidden states to before the first block in `left`, or as near as what was kept
@@ -79,20 +73,15 @@ class Runner:
         stats, digest = BlockStats(), None
         while unit in self._blocks and self._hidden.block <= self._blocks[unit]:
             stats = self._run_block(self._hidden.block)
-            digest = self._hidden.turn()
+            self._hidden.turn()
+            digest = self._hidden.digest()
         return stats, {} if digest is None else {"hidden": digest}
 
     def _embed(self) -> None:
         name = self._spec.names.embed + ".weight"
-        table = read_tensor(self._job, name)
         ids = np.concatenate(self._data.batches)
-        used, inverse = np.unique(ids, return_inverse=True)
-        rows = inverse.reshape(ids.shape).astype(np.int32)
-        params = unflatten({name: jnp.asarray(table[used])})
-        self._hidden.block = -1
-        for i, part in enumerate(self._hidden.batches(rows)):
-            self._hidden.put(i, embed(self._spec, params, jnp.asarray(part), self._compute))
-        self._hidden.turn()
+        table = read_tensor(self._job, name)
+        embed_rows(self._spec, table, ids, self._hidden, self._compute)
 
     def _run_block(self, i: int) -> BlockStats:
         """Take every state through block `i`; returns what its linears and its attention met."""
@@ -109,24 +98,12 @@ class Runner:
             return maxima, kept
 
         found: list[dict[str, jax.Array]] = []
-        for maxima, kept in self._side_by_side(call):
+        for maxima, kept in side_by_side(call, self._hidden.count):
             found.append(maxima)
             fold.add(kept)
             self._progress.advance(1)
         largest = {name: float(input_amax(part[name] for part in found)) for name in found[0]}
         return self._checked(prefix, largest, fold)
-
-    def _side_by_side(self, call: Callable[[int], Any]) -> Iterator[Any]:
-        """The results of `call` for every batch of hidden states, in order.
-
-        The first runs alone, since it compiles the program and makes the files. No more than a few
-        are ahead of what is taken.
-        """
-        yield call(0)
-        rest, ahead = range(1, self._hidden.count), 4 * self._callers
-        with ThreadPoolExecutor(self._callers, thread_name_prefix="jqx-calibrate") as pool:
-            for start in range(0, len(rest), ahead):
-                yield from pool.map(call, rest[start : start + ahead])
 
     def _checked(self, prefix: str, found: dict[str, float], fold: "Folding") -> BlockStats:
         if spoilt := [name for name, value in found.items() if not np.isfinite(value)]:

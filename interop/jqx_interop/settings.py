@@ -19,7 +19,8 @@ class Settings:
     """Choices of one run. Sizes are bytes or text such as "4GiB" or "10GB".
 
     `calib`: calibration data (None: the bundled text); `activations`: a file of recorded inputs of
-    linears, used instead of running the model; `calib_size` sequences of `calib_seq` tokens;
+    linears, used instead of running the model; `calib_size` sequences of `calib_seq` tokens, or
+    of as many as the model was made for if that is less;
     `batch_size` sequences at a time (0: chosen); `max_memory`: above it, hidden states live in a
     memory-mapped file; `compute`: "auto", "float32" or "bf16"; `options`: what `--set` changes in
     the recipe; `restart`: throw an unfinished run away.

@@ -8,6 +8,7 @@ from .encode import Encoded as Encoded
 from .encode import decode as decode
 from .encode import encode as encode
 from .encode import fake_quantize as fake_quantize
+from .encode import fake_quantize_scaled as fake_quantize_scaled
 from .format import FORMATS as FORMATS
 from .format import Format as Format
 from .format import check_divides as check_divides

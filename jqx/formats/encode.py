@@ -21,7 +21,7 @@ from jqx_kernels.bits import round_to
 from .elements import CODECS
 from .format import Format, check_columns, check_divides
 from .numerics import PACKINGS, from_blocks, spread, to_blocks
-from .scales import find_scales, step_of
+from .scales import Scales, find_scales, given_scales, step_of
 
 
 class Encoded(NamedTuple):
@@ -56,13 +56,16 @@ def _codes(
     w: Float[Array, "n k"], fmt: Format, amax: Float[Array, "..."] | None
 ) -> tuple[UInt8[Array, "n k"], Array, Float32[Array, ""] | None]:
     """The codes of `w`, one a byte, and the stored scales."""
-    scale, tensor_scale, quotient = find_scales(w, fmt, amax)
+    scales = find_scales(w, fmt, amax)
+    return _divided(w, fmt, scales), scales.scale, scales.tensor_scale
+
+
+def _divided(w: Float[Array, "n k"], fmt: Format, scales: Scales) -> UInt8[Array, "n k"]:
     x = to_blocks(w, fmt.block).astype(jnp.float32)
-    q = quotient(x)
+    q = scales.quotient(x)
     if fmt.double_rounding:
         q = round_to(q, w.dtype)
-    codes = CODECS[fmt.element.name].encode(q, x)
-    return from_blocks(codes, w.shape), scale, tensor_scale
+    return from_blocks(CODECS[fmt.element.name].encode(q, x), w.shape)
 
 
 def decode(encoded: Encoded, fmt: Format, dtype: DTypeLike = jnp.float32) -> Float[Array, "n k"]:
@@ -103,3 +106,31 @@ def fake_quantize(
 def _straight_through(fmt: Format, primals: Any, tangents: Any) -> tuple[Array, Array]:
     x, amax = primals
     return fake_quantize(x, fmt, amax), tangents[0]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def fake_quantize_scaled(
+    x: Float[Array, "*lead k"], fmt: Format, scale: Float[Array, "..."]
+) -> Float[Array, "*lead k"]:
+    """`fake_quantize` with the stored scale of the whole tensor given: the only one of `fp8` and
+    `int8_tensor`, the tensor scale of formats of two levels. Larger values saturate.
+
+    A block whose scale is so small that its E4M3 code is zero becomes zeros, as it does in engines;
+    `encode` gives it the smallest scale there is. Raises InputError if blocks do not divide the
+    last axis, ValueError if `fmt` has no such scale or `scale` is not one number.
+    """
+    if fmt.block != (None, None) and fmt.tensor_bound is None:
+        raise ValueError(f"{fmt.name} has no scale of the whole tensor.")
+    if scale.shape:
+        raise ValueError(f"{fmt.name} takes one scale, not an array of shape {scale.shape}.")
+    check_columns(fmt, x.shape)
+    flat = x.reshape(-1, x.shape[-1])
+    scales = given_scales(flat, fmt, scale.astype(jnp.float32))
+    codes = _divided(flat, fmt, scales)
+    return _values(codes, scales.scale, scales.tensor_scale, fmt).astype(x.dtype).reshape(x.shape)
+
+
+@fake_quantize_scaled.defjvp
+def _straight_through_scaled(fmt: Format, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    x, scale = primals
+    return fake_quantize_scaled(x, fmt, scale), tangents[0]

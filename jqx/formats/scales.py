@@ -56,6 +56,15 @@ def find_scales(w: Float[Array, "n k"], fmt: Format, amax: Float[Array, "..."] |
     return _RULES[fmt.scale.name](w, fmt, None if amax is None else amax.astype(jnp.float32))
 
 
+def given_scales(w: Float[Array, "n k"], fmt: Format, scale: Float32[Array, ""]) -> Scales:
+    """The same where the one scale of the whole matrix, the tensor scale of formats of two levels,
+    is `scale`. Block scales may underflow to zero, which makes zeros of their blocks.
+    """
+    if fmt.tensor_bound is not None:
+        return _under(scale, block_amax(w, fmt.block), fmt, least=0.0)
+    return Scales(scale, None, lambda x: divide(x, scale))
+
+
 def _amax_of_blocks(
     w: Float[Array, "n k"], fmt: Format, amax: Float32[Array, "..."] | None
 ) -> Float32[Array, "..."]:
@@ -103,10 +112,16 @@ def _e4m3_rule(w: Float[Array, "n k"], fmt: Format, amax: Float32[Array, "..."] 
             f"{fmt.name} takes one amax for the whole matrix, not an array of shape {whole.shape}."
         )
     tensor_scale = divide(_stand_in(whole, fmt.tensor_bound), fmt.tensor_bound)
-    tensor_scale = jnp.maximum(tensor_scale, jnp.float32(TINY))
+    return _under(jnp.maximum(tensor_scale, jnp.float32(TINY)), blocks, fmt, least=2.0**-9)
+
+
+def _under(
+    tensor_scale: Float32[Array, ""], blocks: Float32[Array, "..."], fmt: Format, least: float
+) -> Scales:
+    """The block scales below a tensor scale, of blocks with these largest magnitudes."""
     scale = divide(blocks, jnp.float32(fmt.element.max) * tensor_scale)
     scale = jnp.where(bits(blocks) == 0, jnp.float32(1), scale)
-    code = e4m3_code(jnp.clip(scale, jnp.float32(2.0**-9), jnp.float32(448)))
+    code = e4m3_code(jnp.clip(scale, jnp.float32(least), jnp.float32(448)))
     step = jnp.maximum(e4m3_value(code) * tensor_scale, jnp.float32(TINY))
     stored = lax.bitcast_convert_type(code, jnp.float8_e4m3fn)
     return Scales(stored, tensor_scale, lambda x: divide(x, spread(step)))

@@ -5,6 +5,7 @@ The Flax module of a decoder is in `jqx.models.linen`; only that file imports Fl
 """
 
 from .decoder import block as block
+from .decoder import cached_block as cached_block
 from .decoder import embed as embed
 from .decoder import forward as forward
 from .decoder import head as head

@@ -9,18 +9,31 @@ matrices on a CPU four times as fast as batched ones, hence the two forms; query
 keys are stacked as rows of one product.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from .cache import Kept, Past
 from .layers import Params, linear, module, norm, settle
 from .rope import Turns, rotate, turns
 from .spec import Attention, Compute, Names
 
 _CHUNK, _MOST_CHUNKS = 128, 16  # queries per product; more chunks than that only cost compile time
+_FEW = 8  # queries that are not worth a loop over heads
 _MASKED = float(np.finfo(np.float32).min)  # finite: a row with nothing to see stays a number
+
+
+class Sight(NamedTuple):
+    """What queries may look at: the keys marked `real` that are not after them, where the first
+    query is beside key `first`.
+    """
+
+    real: Bool[Array, "n e"]
+    first: Int[Array, ""] | int = 0
 
 
 def self_attention(
@@ -30,23 +43,62 @@ def self_attention(
     x: Float[Array, "b t k"],
     positions: Int[Array, "b t"],
     compute: Compute,
-) -> Float[Array, "b t k"]:
-    """Attention over the normed input `x`, out-projection included. Keys at negative positions are
-    never seen.
+) -> tuple[Float[Array, "b t k"], None]:
+    """Attention over the normed input `x`, out-projection included, and nothing that is kept. Keys
+    at negative positions are never seen.
 
     Keys, after they are rotated, and values pass through `checkpoint_name` as [b, kv_heads, t,
     head_dim].
     """
+    q, k, v = _projected(row, names, params, x, positions, compute)
+    sight = Sight(jnp.repeat(positions >= 0, row.kv_heads, axis=0))
+    y = _attended(row, q, k, v, sight, compute)
+    return linear(module(params, names.out), y, compute), None
+
+
+def cached_attention(
+    row: Attention,
+    names: Names,
+    params: Params,
+    x: Float[Array, "b t k"],
+    past: Past,
+    compute: Compute,
+) -> tuple[Float[Array, "b t k"], Kept]:
+    """`self_attention` of tokens that come after those in `past`, and what is kept then: the keys
+    and values of both.
+    """
+    positions = past.slots.positions(x.shape[1])
+    q, k, v = _projected(row, names, params, x, positions, compute)
+    kept = past.kept.with_tokens(k, v, past.slots.start)
+    real = past.slots.real(kept.keys.shape[1])
+    sight = Sight(jnp.repeat(real, row.kv_heads, axis=0), past.slots.start)
+    y = _attended(row, q, kept.keys, kept.values, sight, compute)
+    return linear(module(params, names.out), y, compute), kept
+
+
+def _projected(
+    row: Attention, names: Names, params: Params, x: Array, positions: Array, compute: Compute
+) -> tuple[Float[Array, "n g t d"], Float[Array, "n t d"], Float[Array, "n t d"]]:
+    """Rotated queries, keys and values, and the latter two under the names they are kept under;
+    n = b * kv_heads.
+    """
     by = turns(row.rope, row.head_dim, positions, compute)
-    q = _heads(row, names.q, names.q_norm, params, x, compute)
+    q = rotate(_heads(row, names.q, names.q_norm, params, x, compute), by, compute)
     k, v = keys_and_values(row, names, params, x, by, compute)
     k, v = checkpoint_name(k, names.kept_k), checkpoint_name(v, names.kept_v)
-    q = rotate(q, by, compute).reshape(*k.shape[:2], row.heads // row.kv_heads, *k.shape[2:])
-    attend = ATTENTIONS[compute.attention]
-    y = attend(row, q, k, v, positions >= 0, compute)
-    b, t = x.shape[:2]
-    y = y.reshape(b, row.heads, t, row.head_dim).transpose(0, 2, 1, 3).reshape(b, t, -1)
-    return linear(module(params, names.out), y, compute)
+    t, d = k.shape[2:]
+    q = q.reshape(-1, row.heads // row.kv_heads, t, d)
+    return q, k.reshape(-1, t, d), v.reshape(-1, t, d)
+
+
+def _attended(
+    row: Attention, q: Array, k: Array, v: Array, sight: Sight, compute: Compute
+) -> Float[Array, "b t n"]:
+    """What the queries find, heads side by side."""
+    t, d = q.shape[2:]
+    attend = ATTENTIONS["batched" if t <= _FEW else compute.attention]
+    y = attend(row, q, k, v, sight, compute).reshape(-1, row.heads, t, d)
+    return y.transpose(0, 2, 1, 3).reshape(y.shape[0], t, -1)
 
 
 def keys_and_values(
@@ -78,46 +130,54 @@ def _split(y: Float[Array, "b t n"], head_dim: int) -> Float[Array, "b h t d"]:
 
 def _in_chunks(
     row: Attention,
-    q: Float[Array, "b h g t d"],
-    k: Float[Array, "b h t d"],
-    v: Float[Array, "b h t d"],
-    seen: Bool[Array, "b t"],
+    q: Float[Array, "n g t d"],
+    k: Float[Array, "n e d"],
+    v: Float[Array, "n e d"],
+    sight: Sight,
     compute: Compute,
-) -> Float[Array, "b h g t d"]:
-    b, h, g, t, d = q.shape
+) -> Float[Array, "n g t d"]:
+    t = q.shape[2]
     chunk = max(_CHUNK, -(-t // _MOST_CHUNKS))
 
     def one_head(operands: tuple[Array, Array, Array, Array]) -> Array:
-        q, k, v, seen = operands
+        q, k, v, real = operands
         outs = []
         for start in range(0, t, chunk):
             stop = min(start + chunk, t)
-            first = 0 if row.window is None else max(0, start - row.window + 1)
-            allowed = _allowed(row, (start, stop), (first, stop)) & seen[None, first:stop]
-            keys, values = k[first:stop], v[first:stop]
+            first, last = _reach(row, sight, start, stop)
+            allowed = _allowed(row, sight, (start, stop), (first, last)) & real[None, first:last]
+            keys, values = k[first:last], v[first:last]
             outs.append(_softmax_values(row, q[:, start:stop], keys, values, allowed, compute))
         return jnp.concatenate(outs, axis=1)
 
-    flat = [a.reshape(b * h, *a.shape[2:]) for a in (q, k, v)]
-    out = lax.map(one_head, (*flat, jnp.repeat(seen, h, axis=0)))
-    return out.reshape(b, h, g, t, d)
+    return lax.map(one_head, (q, k, v, sight.real))
 
 
 def _batched(
     row: Attention,
-    q: Float[Array, "b h g t d"],
-    k: Float[Array, "b h t d"],
-    v: Float[Array, "b h t d"],
-    seen: Bool[Array, "b t"],
+    q: Float[Array, "n g t d"],
+    k: Float[Array, "n e d"],
+    v: Float[Array, "n e d"],
+    sight: Sight,
     compute: Compute,
-) -> Float[Array, "b h g t d"]:
-    t = q.shape[-2]
-    allowed = _allowed(row, (0, t), (0, t))[None] & seen[:, None, :]
-    return _softmax_values(row, q, k, v, allowed[:, None], compute)
+) -> Float[Array, "n g t d"]:
+    near = _allowed(row, sight, (0, q.shape[2]), (0, k.shape[1]))
+    return _softmax_values(row, q, k, v, near[None] & sight.real[:, None, :], compute)
 
 
-def _allowed(row: Attention, queries: tuple[int, int], keys: tuple[int, int]) -> Bool[Array, "q e"]:
-    distance = jnp.arange(*queries)[:, None] - jnp.arange(*keys)[None, :]
+def _reach(row: Attention, sight: Sight, start: int, stop: int) -> tuple[int, int]:
+    """The range of keys that the queries from `start` to `stop` can see, as far as it is known."""
+    if not isinstance(sight.first, int):
+        return 0, sight.real.shape[1]
+    first = sight.first + start
+    return 0 if row.window is None else max(0, first - row.window + 1), sight.first + stop
+
+
+def _allowed(
+    row: Attention, sight: Sight, queries: tuple[int, int], keys: tuple[int, int]
+) -> Bool[Array, "q e"]:
+    at = sight.first + jnp.arange(*queries, dtype=jnp.int32)
+    distance = at[:, None] - jnp.arange(*keys, dtype=jnp.int32)[None, :]
     causal = distance >= 0
     return causal if row.window is None else causal & (distance < row.window)
 
@@ -143,4 +203,4 @@ def _softmax_values(
 
 
 ATTENTIONS = {"chunks": _in_chunks, "batched": _batched}
-"""Compute.attention -> function of (row, q, k, v, seen, compute)."""
+"""Compute.attention -> function of (row, q, k, v, sight, compute)."""

@@ -5,24 +5,31 @@ chain, forward.
     h = embed(ids);  h = block(h) for every layer;  logits = head(h)
     block: h = h + attention(norm(h));  h = h + mlp(norm(h))
 
-`params` is the nested dict of the checkpoint's tensors, each bfloat16, float16 or float32.
+`params` is the nested dict of the checkpoint's tensors, each bfloat16, float16 or float32, or a
+QTensor: that is decoded inside the program of its block, and its inputs are quantized as it says.
 `block_params` is the part of it under `block_prefix(spec, i)`. The functions are jitted: every
 block of one kind runs one compiled program. Positions count from 0 in a sequence; a negative one
 marks padding, which no token sees.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .attention import keys_and_values, self_attention
+from jqx.transforms import Met, fake_kv, quantized
+
+from .attention import cached_attention, keys_and_values, self_attention
+from .cache import Kept, Past
 from .layers import Params, activate, linear, module, norm, settle, wide
 from .layout import block_prefix
 from .rope import turns
 from .spec import FLOAT32, BlockKind, Compute, ModelSpec
+from .thin import FEW, few_rows
 
 _jit = partial(jax.jit, static_argnames=("spec", "compute"))
 _jit_block = partial(jax.jit, static_argnames=("spec", "kind", "compute"))
@@ -33,6 +40,10 @@ def embed(
     spec: ModelSpec, params: Params, ids: Int[Array, "b t"], compute: Compute = FLOAT32
 ) -> Float[Array, "b t k"]:
     """The hidden states before the first block."""
+    return quantized(partial(_embed, spec, compute=compute))(params, ids)
+
+
+def _embed(spec: ModelSpec, params: Params, ids: Array, compute: Compute) -> Array:
     weight = module(params, spec.names.embed)["weight"]
     h = settle(wide(weight[ids]), compute)
     if spec.embedding_scale is None:
@@ -51,12 +62,78 @@ def block(
     compute: Compute = FLOAT32,
 ) -> Float[Array, "b t k"]:
     """The hidden states after one block."""
+
+    def run(params: Params, h: Array, positions: Array) -> Array:
+        attend = partial(self_attention, kind.attention, spec.names, params, positions=positions)
+        return _block(spec, kind, params, h, attend, compute)[0]
+
+    named = _stored_kv(spec, block_params, compute)
+    return quantized(run, named, settle=_settling(compute))(block_params, h, positions)
+
+
+@_jit_block
+def cached_block(
+    spec: ModelSpec,
+    kind: BlockKind,
+    block_params: Params,
+    h: Float[Array, "b t k"],
+    past: Past,
+    compute: Compute = FLOAT32,
+) -> tuple[Float[Array, "b t k"], Kept]:
+    """`block` for tokens that come after those in `past`, and what is kept after them."""
+
+    def run(params: Params, h: Array, past: Past) -> tuple[Array, Kept]:
+        attend = partial(cached_attention, kind.attention, spec.names, params, past=past)
+        return _block(spec, kind, params, h, attend, compute)
+
+    named, product = _stored_kv(spec, block_params, compute), _product(block_params, h, compute)
+    return quantized(run, named, product, _settling(compute))(block_params, h, past)
+
+
+def _settling(compute: Compute) -> Callable[[Array], Array]:
+    """What is done to rounded inputs, keys and values: they are results of operations too."""
+    return lambda x: settle(wide(x), compute)
+
+
+def _product(params: Params, h: Array, compute: Compute) -> Callable[[Met], Array | None] | None:
+    """How states `h` are multiplied with weights, where not as written."""
+    few = h.shape[0] * h.shape[1] <= FEW
+    return few_rows(params, compute) if few and compute.attention == "chunks" else None
+
+
+def _block(
+    spec: ModelSpec,
+    kind: BlockKind,
+    params: Params,
+    h: Array,
+    attend: Callable[..., tuple[Array, Any]],
+    compute: Compute,
+) -> tuple[Array, Any]:
+    """The states after a block, and what `attend` keeps besides its result."""
     names = spec.names
-    x = norm(kind.norm, module(block_params, names.input_norm), h, compute)
-    y = self_attention(kind.attention, names, block_params, x, positions, compute)
+    x = norm(kind.norm, module(params, names.input_norm), h, compute)
+    y, kept = attend(x=x, compute=compute)
     h = settle(wide(h) + wide(y), compute)
-    x = norm(kind.norm, module(block_params, names.mlp_norm), h, compute)
-    return settle(wide(h) + wide(_mlp(spec, kind, block_params, x, compute)), compute)
+    x = norm(kind.norm, module(params, names.mlp_norm), h, compute)
+    return settle(wide(h) + wide(_mlp(spec, kind, params, x, compute)), compute), kept
+
+
+def _stored_kv(
+    spec: ModelSpec, params: Params, compute: Compute
+) -> dict[str, Callable[[Array], Array]]:
+    """What is done to keys and values, by the names they are kept under: rounded as the cache
+    stores them.
+    """
+    names, cache = spec.names, spec.kv_cache
+    if cache is None:
+        return {}
+
+    def stored(name: str, letter: str) -> Callable[[Array], Array]:
+        beside = module(params, name)
+        scale, bias = beside.get(f"{letter}_scale"), beside.get(f"{letter}_bias")
+        return lambda x: _settling(compute)(fake_kv(x, cache, scale, bias))
+
+    return {names.kept_k: stored(names.k, "k"), names.kept_v: stored(names.v, "v")}
 
 
 def _mlp(spec: ModelSpec, kind: BlockKind, params: Params, x: Array, compute: Compute) -> Array:
@@ -71,6 +148,20 @@ def head(
     spec: ModelSpec, params: Params, h: Float[Array, "b t k"], compute: Compute = FLOAT32
 ) -> Float[Array, "b t v"]:
     """Float32 logits of the hidden states after the last block."""
+    run = partial(_head, spec, compute=compute)
+    return quantized(run, settle=_settling(compute))(params, h)
+
+
+@_jit
+def next_logits(
+    spec: ModelSpec, params: Params, h: Float[Array, "b 1 k"], compute: Compute = FLOAT32
+) -> Float[Array, "b v"]:
+    """`head` for the last token of every sequence alone."""
+    run, product = partial(_head, spec, compute=compute), _product(params, h, compute)
+    return quantized(run, None, product, _settling(compute))(params, h)[:, 0]
+
+
+def _head(spec: ModelSpec, params: Params, h: Array, compute: Compute) -> Array:
     names = spec.names
     h = norm(spec.final_norm, module(params, names.final_norm), h, compute)
     weights = module(params, names.embed if spec.tied else names.head)

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Flax needs: the decoder as a module with `init` and `apply`, and QTensors serialized."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import serialization
+from flax.core import meta
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int, Key
 
+from jqx.errors import InputError
 from jqx.tensors.qtensor import LEAVES, QTensor
 
 from .decoder import forward
@@ -34,8 +37,25 @@ class CausalLM(nn.Module):
     ) -> Float[Array, "b t v"]:
         """Logits of every token; see `jqx.models.forward`."""
         roots = {name.split(".")[0]: None for name in param_shapes(self.spec)}
-        params = {root: self.param(root, _draw, self.spec, root) for root in roots}
+        params = {root: self._tensors(root) for root in roots}
         return forward(self.spec, params, ids, self.compute, positions)
+
+    def _tensors(self, root: str) -> Any:
+        if self.is_initializing():
+            return self.param(root, _draw, self.spec, root)
+        # not self.param, which would compare the leaves inside a QTensor
+        found = meta.unbox(self.get_variable("params", root))
+        for name, shape in param_shapes(self.spec).items():
+            if name.split(".")[0] == root and (have := _shape_at(found, name)) != shape:
+                what = f"{name} is missing" if have is None else f"{name} has the shape {have}"
+                raise InputError(f"{what}, and the model needs one of {shape}")
+        return found
+
+
+def _shape_at(tree: Any, name: str) -> tuple[int, ...] | None:
+    for part in name.split(".")[1:]:
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return None if tree is None else tuple(tree.shape)
 
 
 def init_params(spec: ModelSpec, key: Key[Array, ""]) -> dict[str, Any]:

@@ -110,6 +110,7 @@ class ModelSpec:
     `blocks` has one kind per layer, in order. With `tied`, the embedding is also the head and there
     is no head tensor. `embedding_scale` multiplies embeddings after it is rounded to the dtype of
     the embedding weight. `init_range` is the standard deviation of freshly drawn weights.
+    `kv_cache` is the row of KV_FORMATS that keys and values are rounded to, None if they are not.
     """
 
     family: str
@@ -120,6 +121,7 @@ class ModelSpec:
     tied: bool = False
     embedding_scale: float | None = None
     init_range: float = 0.02
+    kv_cache: str | None = None
     names: Names = field(default_factory=Names)
 
 

@@ -30,7 +30,7 @@ LEAVES = ("codes", "scale", "tensor_scale", "input_scale", "pre_quant_scale", "l
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=list(LEAVES),
-    meta_fields=["format", "dtype", "axis"],
+    meta_fields=["format", "dtype", "axis", "input_format"],
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
@@ -48,6 +48,7 @@ class QTensor:
     axis: int = -1
     input_scale: Leaf = None  # float32 [*lead]: of the activation that meets this weight
     pre_quant_scale: Leaf = None  # [*lead, k]: the activation is multiplied by it first
+    input_format: str | None = None  # the row of INPUT_FORMATS for the activation; None: as it is
     low_rank: Leaf = (
         None  # a pair ([*lead, n, r], [*lead, r, k]) whose product is added to the decoded matrix
     )

@@ -17,19 +17,26 @@ words used for that:
 
 A value computed from constants alone is no activation, unless the function has no inputs but the
 parameters: then the constants are its batch.
+
+A parameter may be a QTensor (`Walk.stored`): the function is traced with the array it stands for,
+and it is decoded where an equation reads it. Nested jit, remat and scan take it as it is, so of a
+stack that a scan takes apart one member at a time is decoded.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
 from jqx.errors import InputError
+from jqx.tensors import QTensor
 from jqx.tensors.paths import leaf_names
 
+from .decoding import decoded_after, dense
 from .views import ACTIVATION, CONSTANT, Origin, derived, parameter
 
 
@@ -51,15 +58,30 @@ class Use:
     weight_axes: tuple[int, ...] = ()
 
 
-# What is done at a use of op "dot", "gather" or "name": handler(use, x, w, apply) -> (result,
-# collected). `apply(x, w)` evaluates the operation on the activation and the parameter (None for a
-# name), each in its right place; the result may be that or stand in for it. What is collected is a
-# pytree of arrays, or None.
-Handler = Callable[[Use, Any, Any, Callable[[Any, Any], Any]], tuple[Any, Any]]
+class Met(NamedTuple):
+    """What a handler is given at a use of op "dot", "gather" or "name".
+
+    `apply(x, w)` evaluates the operation on the activation and the parameter (None for a name),
+    each in its right place. `active`: whether `x` depends on the inputs; a constant may turn a
+    weight. `stored`: the QTensor that `w` is a view of (in a scan over a stack its member), None if
+    there is none, or if the stack was rearranged before it was taken apart.
+    """
+
+    use: Use
+    x: Any
+    w: Any
+    apply: Callable[[Any, Any], Any]
+    active: bool
+    stored: QTensor | None
+
+
+# Returns the result of the operation, or what stands in for it, and what is collected: a pytree of
+# arrays, or None.
+Handler = Callable[[Met], tuple[Any, Any]]
 
 
 class Value(NamedTuple):
-    """An array, or its tracer, and where it comes from."""
+    """An array, its tracer, or the QTensor that holds it, and where it comes from."""
 
     data: Any
     origin: Origin
@@ -78,13 +100,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Walk:
-    """One pass over one jaxpr. `found` is what was collected in it so far, by path."""
+    """One pass over one jaxpr. `found` is what was collected in it so far, by path; `stored` are
+    the parameters that are QTensors, as this jaxpr sees them.
+    """
 
     rules: Mapping[str, Rule]
     handler: Handler
     merge: Callable[[Any, Any], Any]
     record: Record = field(default_factory=Record)
     found: dict[str, Any] = field(default_factory=dict)
+    stored: Mapping[str, QTensor] = field(default_factory=dict)
 
     def inner(self) -> "Walk":
         """A walk over an inner jaxpr: it collects by itself and shares the record."""
@@ -97,6 +122,7 @@ class Walk:
         env: dict[Any, Value] = {}
         env.update(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
+        latest = next((v.data for v in args if _orders(v)), None)
 
         def read(atom: Any) -> Value:
             return Value(atom.val, CONSTANT) if isinstance(atom, jex.Literal) else env[atom]
@@ -104,15 +130,16 @@ class Walk:
         for eqn in jaxpr.eqns:
             rule = self.rules.get(eqn.primitive.name, plain)
             with eqn.ctx.manager:
-                outs = rule(self, eqn, [read(atom) for atom in eqn.invars])
+                outs = rule(self, eqn, _ready(eqn, [read(atom) for atom in eqn.invars], latest))
             env.update(zip(eqn.outvars, outs, strict=True))
+            latest = next(filter(_orders, outs), Value(latest, CONSTANT)).data
         return [read(atom) for atom in jaxpr.outvars]
 
-    def meet(self, use: Use, x: Any, w: Any, apply: Callable[[Any, Any], Any]) -> Any:
+    def meet(self, met: Met) -> Any:
         """Record a use, let the handler act on it, and keep what it collects."""
-        self.record.uses.setdefault(use)
-        out, what = self.handler(use, x, w, apply)
-        self.collect(use.path, what)
+        self.record.uses.setdefault(met.use)
+        out, what = self.handler(met)
+        self.collect(met.use.path, what)
         return out
 
     def collect(self, path: str, what: Any) -> None:
@@ -146,8 +173,22 @@ def merged(merge: Callable[[Any, Any], Any], path: str, a: Any, b: Any) -> Any:
     return jax.tree.map(merge, a, b)
 
 
+def _orders(value: Value) -> bool:
+    x = value.data
+    return value.origin.active and jnp.issubdtype(x.dtype, jnp.floating) and x.size > 0
+
+
+def _ready(eqn: Any, ins: list[Value], latest: Any) -> list[Value]:
+    """The operands of an equation, decoded unless it has a jaxpr inside."""
+    stored = any(isinstance(v.data, QTensor) for v in ins)
+    if not stored or any(True for _ in jex.jaxprs_in_params(eqn.params)):
+        return ins
+    return [v._replace(data=decoded_after(latest, v.data)) for v in ins]
+
+
 def evaluate(eqn: Any, data: Sequence[Any]) -> list[Any]:
     """The results of one equation on these operands."""
+    data = [dense(x) for x in data]
     params = eqn.primitive.get_bind_params(eqn.params)
     functions, params = params if isinstance(params, tuple) else ((), params)
     outs = eqn.primitive.bind(*functions, *data, **params)
@@ -195,24 +236,47 @@ def arrays_of(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
 
 
 def interpret(
-    f: Callable[..., Any], walk: Walk, params: Any, args: Sequence[Any]
+    f: Callable[..., Any],
+    walk: Walk,
+    params: Any,
+    args: Sequence[Any],
+    followed: Container[str] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """`f(params, *args)` evaluated by `walk`, and what was collected on the way, by path.
 
-    Leaves of `params` and `args` that are no arrays (a flag, a function kept in a module) stay what
-    they are.
+    `followed`: the paths of the parameters that count as such (None: all); others are constants. In
+    place of what `walk.stored` holds, `params` has ShapeDtypeStructs. Leaves of `params` and `args`
+    that are no arrays (a flag, a function kept in a module) stay what they are.
+
+    Raises InputError if two leaves have one name.
     """
     arrays, rebuild = arrays_of((params, tuple(args)))
-    named = dict(zip(leaf_names(params), jax.tree.leaves(params), strict=True))
-    mine = [parameter(name, x.shape) for name, x in named.items() if arrays_of(x)[0]]
-    n_inputs = len(arrays) - len(mine)
+    mine = _named(params)
+    outside = CONSTANT if len(arrays) > len(mine) else ACTIVATION
 
     def flat(*xs: Any) -> Any:
         p, a = rebuild(xs)
         return f(p, *a)
 
+    def bound(name: str, x: Any) -> Value:
+        origin = followed is None or name in followed
+        return Value(walk.stored.get(name, x), parameter(name, x.shape) if origin else CONSTANT)
+
     closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
-    outside = CONSTANT if n_inputs else ACTIVATION
-    ins = list(map(Value, arrays, [*mine, *[ACTIVATION] * n_inputs]))
+    ins = [bound(name, x) for name, x in mine.items()]
+    ins += [Value(x, ACTIVATION) for x in arrays[len(mine) :]]
     outs = walk.run(closed.jaxpr, [Value(c, outside) for c in closed.consts], ins)
-    return jax.tree.unflatten(jax.tree.structure(shapes), [v.data for v in outs]), walk.found
+    found = [dense(v.data) for v in outs]
+    return jax.tree.unflatten(jax.tree.structure(shapes), found), walk.found
+
+
+def _named(params: Any) -> dict[str, Any]:
+    """The leaves that are arrays, by name, in the order of the tree."""
+    pairs = zip(leaf_names(params), jax.tree.leaves(params), strict=True)
+    found: dict[str, Any] = {}
+    for name, x in pairs:
+        if arrays_of(x)[0]:
+            if name in found:
+                raise InputError(f"two parameters are called {name}: rename one of them")
+            found[name] = x
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .interpret import Record, Use, Walk, arrays_of, interpret
+from .interpret import Met, Record, Use, Walk, arrays_of, interpret
 from .primitives import PRIMITIVES
 
 
@@ -35,8 +35,8 @@ def observe(
     Raises InputError if two uses of one path collect arrays of different shapes.
     """
 
-    def handler(use: Use, x: Any, w: Any, apply: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
-        return apply(x, w), collect(use, x)
+    def handler(met: Met) -> tuple[Any, Any]:
+        return met.apply(met.x, met.w), collect(met.use, met.x)
 
     def observed(params: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
         return interpret(f, Walk(PRIMITIVES, handler, merge), params, args)
@@ -63,8 +63,8 @@ def untracked(f: Callable[..., Any], params: Any, *args: Any) -> list[str]:
 def _record(f: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Record:
     record = Record()
 
-    def handler(use: Use, x: Any, w: Any, apply: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
-        return apply(x, w), None
+    def handler(met: Met) -> tuple[Any, Any]:
+        return met.apply(met.x, met.w), None
 
     walk = Walk(PRIMITIVES, handler, jnp.maximum, record)
     arrays, rebuild = arrays_of((params, args))

@@ -6,13 +6,17 @@ A rule gets the walk, the equation and its operands, evaluates it, and says wher
 from. Whatever is not in the table follows `interpret.plain`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 
-from .interpret import Rule, Use, Value, Walk, evaluate, names_inside, plain
+from jqx.tensors import QTensor
+
+from .decoding import dense
+from .interpret import Met, Rule, Use, Value, Walk, evaluate, names_inside, plain
 from .views import (
     ACTIVATION,
     CONSTANT,
@@ -67,7 +71,8 @@ def met(walk: Walk, eqn: Any, ins: list[Value], use: Use, at: int) -> list[Value
     def apply(x: Any, w: Any) -> Any:
         return evaluate(eqn, [w, x] if at == 0 else [x, w])[0]
 
-    out = walk.meet(use, x.data, w.data, apply)
+    stored = walk.stored.get(use.path)
+    out = walk.meet(Met(use, x.data, w.data, apply, x.origin.active, stored))
     made = ACTIVATION if x.origin.active else derived([w.origin], out.shape)
     return [Value(out, made)]
 
@@ -108,17 +113,19 @@ def name(walk: Walk, eqn: Any, ins: list[Value]) -> list[Value]:
     if ins[0].origin.paths:
         return unchanged(walk, eqn, ins)
     use = Use(eqn.params["name"], "name")
-    out = walk.meet(use, ins[0].data, None, lambda x, _: evaluate(eqn, [x])[0])
-    return [Value(out, ins[0].origin)]
+    x, origin = ins[0]
+    out = walk.meet(Met(use, x, None, lambda x, _: evaluate(eqn, [x])[0], origin.active, None))
+    return [Value(out, origin)]
 
 
-def construct(rule: Rule) -> Rule:
+def construct(rule: Rule, takes_stored: bool = False) -> Rule:
     """A rule for an operation with a jaxpr inside: evaluated as it is when there is nothing in it
-    to act on.
+    to act on. `takes_stored`: QTensors go in as they are and are worth going in for.
     """
 
     def guarded(walk: Walk, eqn: Any, ins: list[Value]) -> list[Value]:
-        if any(v.origin.paths for v in ins) or names_inside(eqn):
+        stored = takes_stored and any(isinstance(v.data, QTensor) for v in ins)
+        if stored or any(v.origin.paths for v in ins) or names_inside(eqn):
             return rule(walk, eqn, ins)
         return plain(walk, eqn, ins)
 
@@ -176,23 +183,23 @@ def scan(walk: Walk, eqn: Any, ins: list[Value]) -> list[Value]:
     walk.escape(carry, -1)
     jaxpr, closed = opened(eqn.params["jaxpr"])
     origins: list[Origin] = []
+    sliced = frozenset().union(*(v.origin.paths for v in xs))
+    shared = frozenset().union(*(v.origin.paths for v in consts))
 
     def body(c: Any, x: Any) -> Any:
-        level = walk.inner()
+        level = replace(walk.inner(), stored=_members(walk.stored, xs, x, shared))
         args = [*consts, *(Value(d, ACTIVATION) for d in c)]
         args += [Value(d, _slice(v.origin)) for d, v in zip(x, xs, strict=True)]
         outs = level.run(jaxpr, closed, args)
         origins[:] = [v.origin for v in outs]
-        data = [v.data for v in outs]
+        data = [dense(v.data) for v in outs]
         return data[: len(c)], (data[len(c) :], level.found)
 
     settings = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-    start = [v.data for v in carry], [v.data for v in xs]
+    start = [dense(v.data) for v in carry], [_to_slice(v.data) for v in xs]
     last, (ys, found) = jax.lax.scan(body, *start, **settings)
-    sliced = frozenset().union(*(v.origin.paths for v in xs))
-    whole = frozenset().union(*(v.origin.paths for v in consts)) - sliced
     for path, what in found.items():
-        stacked = sliced and path not in whole
+        stacked = sliced and path not in shared - sliced
         walk.collect(path, what if stacked else _folded(walk, what))
     made = [_unstacked(o) for o in origins[len(carry) :]]
     return [*(Value(x, ACTIVATION) for x in last), *map(Value, ys, made)]
@@ -216,6 +223,28 @@ def opened(jaxpr: Any) -> tuple[Any, list[Value]]:
     """
     consts = [Value(c, CONSTANT) for c in getattr(jaxpr, "consts", ())]
     return getattr(jaxpr, "jaxpr", jaxpr), consts
+
+
+def _to_slice(data: Any) -> Any:
+    """What a scan takes apart: a stack of stored matrices as it is, if its members are such."""
+    if isinstance(data, QTensor) and data.ndim > 2 and data.axis >= -2:
+        return data
+    return dense(data)
+
+
+def _members(
+    stored: Mapping[str, QTensor], xs: list[Value], slices: Sequence[Any], shared: frozenset[str]
+) -> dict[str, QTensor]:
+    """What is stored as the body of a scan over `xs` sees it. A path of which it sees more than one
+    member is left out, and so is one whose slices are no members.
+    """
+    sliced = frozenset().union(*(v.origin.paths for v in xs))
+    members = {
+        v.origin.path: x
+        for v, x in zip(xs, slices, strict=True)
+        if v.origin.axes is not None and isinstance(x, QTensor) and v.origin.path not in shared
+    }
+    return {path: q for path, q in stored.items() if path not in sliced} | members
 
 
 def _slice(origin: Origin) -> Origin:
@@ -275,11 +304,11 @@ PRIMITIVES: dict[str, Rule] = _table(
         ),
         unchanged,
     ),
-    (("jit", "pjit"), construct(reissued(_jit))),
-    (("remat", "remat2", "checkpoint"), construct(reissued(_checkpoint))),
+    (("jit", "pjit"), construct(reissued(_jit), takes_stored=True)),
+    (("remat", "remat2", "checkpoint"), construct(reissued(_checkpoint), takes_stored=True)),
     (
         ("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"),
         construct(inlined("call_jaxpr")),
     ),
-    (("scan",), construct(scan)),
+    (("scan",), construct(scan, takes_stored=True)),
 )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MODEL, a directory or a Hub id, becomes a directory."""
+"""MODEL, a directory, a Hub id or the word "bundled", becomes a directory."""
 
 import re
+from importlib.resources import files
 from pathlib import Path
 
 from jqx.errors import InputError
@@ -13,11 +14,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What is fetched of a Hub repository: weights in safetensors, JSON, tokenizers, texts. Never
 # pickles, never code.
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+BUNDLED = "bundled"  # MODEL that is the small model of this package
 NOT_FETCHED = ["*/*", "consolidated*"]  # folders, and the same weights in a second layout
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The directory of `model`: itself if it is one, else the snapshot of that Hub id.
+    """The directory of `model`: itself if it is one, that of the model in this package for
+    "bundled", else the snapshot of that Hub id.
 
     huggingface_hub fetches what its cache lacks and is content with the cache when there is no
     network. Raises InputError if there is neither such a directory nor such a Hub id.
@@ -27,9 +30,18 @@ def resolve_model(model: str | Path) -> Path:
         return path
     if path.exists():
         raise InputError(one_line(f"{model}: is a file. Give the directory that holds it."))
+    if str(model) == BUNDLED:
+        return bundled_model()
     if not HUB_ID.fullmatch(str(model)):
-        raise InputError(one_line(f"{model}: no such directory, and not a Hub id (org/name)."))
+        raise InputError(
+            one_line(f"{model}: no such directory, not a Hub id (org/name), not '{BUNDLED}'.")
+        )
     return _snapshot(str(model))
+
+
+def bundled_model() -> Path:
+    """The directory of the small Llama that travels with this package."""
+    return Path(str(files("jqx_interop.demo").joinpath("model")))
 
 
 def _snapshot(hub_id: str) -> Path:

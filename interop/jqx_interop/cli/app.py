@@ -5,6 +5,7 @@ help is quick.
 
 import contextlib
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -15,8 +16,9 @@ import typer
 
 from jqx.errors import InputError
 
-from . import compare, inspect, quantize, tables
+from . import compare, demo, generate, inspect, quantize, tables
 from .console import err
+from .eval import evaluate
 
 DEBUG = "--debug"
 USAGE_ERROR: Any = (
@@ -24,7 +26,7 @@ USAGE_ERROR: Any = (
 )  # Typer's own or click's: that differs between versions
 
 
-def told(command: Callable[..., Any]) -> Callable[..., Any]:
+def told(command: Callable[..., Any], interrupted: str = "interrupted") -> Callable[..., Any]:
     """`command`, with errors told in one line: exit code 2 for wrong input, 130 if interrupted, 1
     for a bug.
     """
@@ -36,7 +38,7 @@ def told(command: Callable[..., Any]) -> Callable[..., Any]:
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            _tell("interrupted; the same command goes on where it was", 130)
+            _tell(interrupted, 130)
         except (InputError, OSError) as error:
             _tell(f"error: {_one_line(error)}", 2)
         except Exception as error:
@@ -54,9 +56,14 @@ app = typer.Typer(
     "TensorRT-LLM load out.",
     epilog=f"Every command takes {DEBUG}, which shows the traceback behind an error.",
 )
-app.command(rich_help_panel="Quantize")(told(quantize.quantize))
+app.command(rich_help_panel="Start")(told(demo.demo))
+app.command(rich_help_panel="Quantize")(
+    told(quantize.quantize, "interrupted; the same command goes on where it was")
+)
 app.command(rich_help_panel="Look")(told(inspect.inspect))
 app.command(rich_help_panel="Look")(told(compare.compare))
+app.command("eval", rich_help_panel="Look")(told(evaluate))
+app.command(rich_help_panel="Look")(told(generate.generate))
 app.command(rich_help_panel="Tables")(told(tables.formats))
 app.command(rich_help_panel="Tables")(told(tables.recipes))
 app.command(rich_help_panel="Tables")(told(tables.families))
@@ -88,6 +95,9 @@ def program() -> NoReturn:
     run may have calls under way in JAX's threads, which would crash. Files are closed by then.
     """
     code: Any = 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know every letter
     try:
         main()
     except SystemExit as end:

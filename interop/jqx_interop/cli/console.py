@@ -21,6 +21,9 @@ from rich.text import Text
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+MODEL = "A directory with config.json and safetensors, a Hub id, or the word bundled."
+"""What a checkpoint is named by, in --help."""
+
 WIDEST = 1000
 """Columns of a line that nobody's terminal has to fit."""
 

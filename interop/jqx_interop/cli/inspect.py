@@ -5,13 +5,11 @@ from typing import Annotated
 
 import typer
 
-from .console import out, print_json, print_table, size
+from .console import MODEL, out, print_json, print_table, size
 
 
 def inspect(
-    model: Annotated[
-        str, typer.Argument(help="A directory with config.json and safetensors, or a Hub id.")
-    ],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:

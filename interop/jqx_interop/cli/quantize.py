@@ -8,7 +8,7 @@ import typer
 
 from jqx.errors import InputError
 
-from .console import Bars, duration, err, out, print_json, print_table, size
+from .console import MODEL, Bars, duration, err, out, print_json, print_table, size
 
 if TYPE_CHECKING:
     from jqx_interop.job import Job
@@ -34,9 +34,7 @@ def complete_kv(incomplete: str) -> list[str]:
 
 
 def quantize(  # noqa: PLR0913  a command's options are its parameters
-    model: Annotated[
-        str, typer.Argument(help="A directory with config.json and safetensors, or a Hub id.")
-    ],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     destination: Annotated[
         Path | None,
         typer.Argument(metavar="OUT", help="A new directory. It appears when it is complete."),
@@ -66,7 +64,7 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
     ] = None,
     calib_size: Annotated[int, typer.Option(help="Sequences.", rich_help_panel=DATA)] = 512,
     calib_seq: Annotated[
-        int, typer.Option(help="Tokens in a sequence.", rich_help_panel=DATA)
+        int, typer.Option(help="Tokens in a sequence, at most the model's.", rich_help_panel=DATA)
     ] = 512,
     activations: Annotated[
         Path | None,

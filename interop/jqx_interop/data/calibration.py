@@ -8,7 +8,6 @@ file, otherwise one sequence. How many sequences are computed together is nobody
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,11 @@ from jqx_interop.checkpoints.problems import one_line
 
 from .chat import Chat
 from .documents import READERS
+from .files import find_file, read_ids
 from .tokens import load_tokenizer, sequences
 
 BUNDLED = "calibration.txt"
+SHAPES = {3: "[batches, batch, length]", 2: "[sequences, length]"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +71,9 @@ def load_calibration(
     included.
     """
     directory = None if tokenizer_dir is None else Path(tokenizer_dir)
-    if source is None:
-        name, path = "bundled text", Path(str(files("jqx_interop.data").joinpath(BUNDLED)))
-    else:
-        name, path = str(source), Path(source)
-        _check_file(path)
+    name, path = find_file(source, BUNDLED)
     if path.suffix.lower() == ".npy":
-        ids = _load_ids(path)
+        ids = read_ids(path, SHAPES)
         batches = [*ids] if ids.ndim == 3 else [row[None] for row in ids]
     else:
         if size < 1 or length < 1:
@@ -88,36 +85,6 @@ def load_calibration(
         batches = [row[None] for row in found]
     _check_ids(batches, vocab_size, name)
     return CalibrationSet(name, tuple(np.array(batch, np.int32) for batch in batches))
-
-
-def _check_file(path: Path) -> None:
-    known = ", ".join([*READERS, ".npy"])
-    if not path.exists():
-        raise InputError(
-            one_line(
-                f"{path}: no such file. A Hub dataset needs the extra 'data' and is not available "
-                f"offline; save its text as a file ({known}) and give that."
-            )
-        )
-    if not path.is_file():
-        raise InputError(one_line(f"{path}: is not a file. Give one of {known}."))
-    if path.suffix.lower() not in (*READERS, ".npy"):
-        raise InputError(one_line(f"{path}: unknown kind of file. Give one of {known}."))
-    if path.stat().st_size == 0:
-        raise InputError(one_line(f"{path}: is empty, there is nothing to calibrate on."))
-
-
-def _load_ids(path: Path) -> np.ndarray:
-    try:
-        ids = np.lib.format.open_memmap(path, mode="r")  # refuses objects, so nothing is unpickled
-    except Exception as error:  # whatever NumPy's header parser meets in a file that is no .npy
-        raise InputError(one_line(f"{path}: is not a usable .npy file ({error}).")) from error
-    way_out = "Give integer token ids, [batches, batch, length] or [sequences, length]."
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise InputError(one_line(f"{path}: holds {ids.dtype}, not integers. {way_out}"))
-    if ids.ndim not in (2, 3) or ids.size == 0:
-        raise InputError(one_line(f"{path}: has the shape {ids.shape}. {way_out}"))
-    return ids
 
 
 def _check_ids(batches: list[np.ndarray], vocab_size: int, source: str) -> None:

@@ -25,17 +25,23 @@ class Chat:
         self._template: Any = None  # a jinja2.Template
         self._tokens: dict[str, str] = {}
 
-    def render(self, messages: list[Any], where: str) -> str:
-        """The conversation as text, its special tokens written out.
+    @property
+    def known(self) -> bool:
+        """Whether there is a template."""
+        return _find_template(self._directory)[0] is not None
 
-        `where` names the conversation in errors. Raises InputError without a template or jinja2,
-        and for a template that fails or refuses these messages.
+    def render(self, messages: list[Any], where: str, answer: bool = False) -> str:
+        """The conversation as text, its special tokens written out; with `answer` the beginning of
+        the model's answer too.
+
+        `where` names the conversation in errors. Raises InputError without a template, and
+        for one that fails or refuses these messages.
         """
         if self._template is None:
             self._template = self._compile(where)
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=False, tools=None, **self._tokens
+                messages=messages, add_generation_prompt=answer, tools=None, **self._tokens
             )
         except Exception as error:  # somebody else's program: it may raise anything
             problem = f"the chat template fails ({type(error).__name__}: {error})."
@@ -46,14 +52,9 @@ class Chat:
         if text is None:
             problem = f'"messages" need a chat template, and {self._directory} has none.'
             raise InputError(one_line(f'{where}: {problem} Give "text" instead.'))
-        try:
-            import jinja2  # pyright: ignore[reportMissingImports]
-            from jinja2.sandbox import (  # pyright: ignore[reportMissingImports]
-                ImmutableSandboxedEnvironment,
-            )
-        except ImportError as error:
-            problem = '"messages" need jinja2 for the chat template: pip install jinja2.'
-            raise InputError(one_line(f"{where}: {problem}")) from error
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
         sandbox = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )

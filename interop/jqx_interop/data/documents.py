@@ -116,3 +116,8 @@ READERS: dict[str, Callable[[Path, Chat], Iterator[Document]]] = {
     ".jsonl": jsonl_documents,
     ".parquet": parquet_documents,
 }
+
+BETWEEN = {".txt": "", ".md": "", ".jsonl": "\n\n", ".parquet": "\n\n"}
+"""What stands between two documents where they are read as one text; a .txt file is one document,
+which comes in pieces.
+"""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
 from jqx.errors import InputError
 from jqx_interop.checkpoints.problems import one_line
@@ -57,6 +58,36 @@ def sequences(
         if len(found) >= size:
             return found[:size]
     return found or ([np.array(rest, np.int64)] if rest else [])
+
+
+def stream(
+    documents: Iterable[Document], tokenizer: Any, between: str, size: int | None = None
+) -> Int64[np.ndarray, " n"]:
+    """The first `size` ids of all documents as one text (None: all), with `between` before each but
+    the first.
+
+    The special tokens that the tokenizer puts before a text come once, before the first document;
+    those it puts after one are left out. Reads no more documents than it needs.
+    """
+    found: list[int] = []
+    for text, special in documents:
+        if not text or text.isspace():
+            continue
+        if special and found:
+            text = between + text
+        elif special:
+            found += _opening(tokenizer)
+        found += tokenizer.encode(text, add_special_tokens=False).ids
+        if size is not None and len(found) >= size:
+            break
+    return np.array(found[:size], np.int64)
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The special tokens before a text."""
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    own = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
+    return encoding.ids[: own[0]] if own else []
 
 
 def _encoded(documents: Iterable[Document], tokenizer: Any) -> Iterator[list[int]]:

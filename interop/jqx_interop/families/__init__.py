@@ -3,4 +3,5 @@
 
 from .family import Family as Family
 from .from_config import FAMILIES as FAMILIES
+from .from_config import context_of as context_of
 from .from_config import spec_from_config as spec_from_config

@@ -35,6 +35,15 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     Raises InputError for an unknown model_type, missing keys, numbers that do not fit together, and
     options that would change the arithmetic but are not supported here.
     """
+    try:
+        return _spec(config)
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"config.json has a value of the wrong kind ({error})") from error
+
+
+def _spec(config: Mapping[str, Any]) -> ModelSpec:
     row = _row(config)
     read, windows = Reader(row, config), WINDOWS[row.windows]
     flags = [f for f in (row.qkv_bias, row.out_bias, row.mlp_bias) if isinstance(f, str)]
@@ -63,11 +72,22 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
+def context_of(config: Mapping[str, Any]) -> int:
+    """The most tokens in a sequence that the model a config.json describes was made for.
+
+    Raises InputError if it says no positive number.
+    """
+    tokens = Reader(_row(config), config)("max_position_embeddings")
+    if not isinstance(tokens, int) or tokens < 1:
+        raise InputError(f"config.json: max_position_embeddings is {tokens!r}, no positive number")
+    return tokens
+
+
 def _row(config: Mapping[str, Any]) -> Family:
     model_type, known = config.get("model_type"), ", ".join(sorted(FAMILIES))
     if model_type is None:
         raise InputError(f"config has no model_type; known: {known}")
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     nearest = difflib.get_close_matches(str(model_type), FAMILIES, n=3)
     hint = f"nearest: {', '.join(nearest)}; " if nearest else ""

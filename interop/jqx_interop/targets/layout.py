@@ -6,11 +6,12 @@
                         per 128x128 block [n / 128, 1, k / 128, 1]
     input_scale         what inputs are divided by, float32 []
     weight_scale_2      the tensor scale of formats with two levels, float32 []
+    pre_quant_scale     what inputs are multiplied by first, [k] in the model's dtype
 
 Names and shapes are those of files written by ModelOpt 0.47.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jqx.config import base_format
+from jqx.config import Choice, base_format
 from jqx.formats import find_format
 from jqx.tensors import QTensor
 from jqx_interop.checkpoints import TensorOut, dtype_name
@@ -41,6 +42,8 @@ def named(path: str, q: QTensor) -> dict[str, ArrayLike]:
         arrays[f"{path}.input_scale"] = q.input_scale
     if q.tensor_scale is not None:
         arrays[f"{path}.weight_scale_2"] = q.tensor_scale
+    if q.pre_quant_scale is not None:
+        arrays[f"{path}.pre_quant_scale"] = q.pre_quant_scale
     return arrays
 
 
@@ -58,10 +61,7 @@ def outputs(
 def _leaves(
     name: str, shape: tuple[int, ...], dtype: str, has_input_scale: bool
 ) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    q = jax.eval_shape(
-        lambda w: QTensor.quantize(w, find_format(name)),
-        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
-    )
+    q = _abstract(name, shape, dtype)
     reshape = SCALE_SHAPES.get(base_format(name), lambda grid: grid)
     leaves = [
         ("weight", dtype_name(np.dtype(q.codes.dtype)), tuple(q.codes.shape)),
@@ -72,3 +72,52 @@ def _leaves(
     if q.tensor_scale is not None:
         leaves.append(("weight_scale_2", "F32", ()))
     return tuple(leaves)
+
+
+@lru_cache(maxsize=256)
+def _abstract(name: str, shape: tuple[int, ...], dtype: str) -> QTensor:
+    """A weight of `shape` and `dtype` in the format `name`: shapes in place of arrays."""
+    return jax.eval_shape(
+        lambda w: QTensor.quantize(w, find_format(name)),
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
+    )
+
+
+def companions(
+    names: Iterable[str], groups: Mapping[str, list[TensorOut]]
+) -> dict[str, list[TensorOut]]:
+    """Where the tensors of `groups` come among the parameters `names`: parameter -> what follows
+    it.
+
+    A group follows the last parameter that lies in the module it is named by.
+    """
+    last: dict[str, str] = {}
+    for name in names:
+        last |= {name[:i]: name for i, letter in enumerate(name) if letter == "."}
+    after: dict[str, list[TensorOut]] = {}
+    for path, tensors in groups.items():
+        after.setdefault(last[path], []).extend(tensors)
+    return after
+
+
+def gathered(
+    arrays: Mapping[str, np.ndarray], choice: Choice, shape: tuple[int, ...], dtype: np.dtype
+) -> QTensor:
+    """The QTensor of a weight of `shape` and `dtype` from its stored arrays by leaf name: what
+    `named` takes apart. It holds views of them.
+    """
+    like = _abstract(choice.weight or "", shape, dtype.name)
+
+    def leaf(name: str, form: tuple[int, ...]) -> np.ndarray | None:
+        return arrays[name].reshape(form) if name in arrays else None
+
+    return QTensor(
+        codes=leaf("weight", like.codes.shape),
+        scale=leaf("weight_scale", like.scale.shape),
+        tensor_scale=leaf("weight_scale_2", ()),
+        format=like.format,
+        dtype=like.dtype,
+        input_scale=leaf("input_scale", ()),
+        pre_quant_scale=leaf("pre_quant_scale", shape[-1:]),
+        input_format=choice.input,
+    )

@@ -32,6 +32,8 @@ class Algo:
     group_size, and `*_grouped` says which descriptions repeat it. `described`: a file with this
     format alone has a config group. `awq`: the keys has_zero_point and pre_quant_scale are written.
     `unified`: linears that read the same input share their tensor scales and their input_scale.
+    `engine_scales_inputs`: no input_scale is stored although the format has one. `smoothed`: a
+    linear may have a pre_quant_scale.
     """
 
     quant_algo: str
@@ -42,6 +44,8 @@ class Algo:
     described: bool = False
     awq: bool = False
     unified: bool = True
+    engine_scales_inputs: bool = False
+    smoothed: bool = False
 
 
 ALGOS: dict[tuple[str, str | None], Algo] = {
@@ -52,9 +56,13 @@ ALGOS: dict[tuple[str, str | None], Algo] = {
         quant_algo="FP8_PER_CHANNEL_PER_TOKEN", weights=FLOAT8 | CHANNEL, inputs=FLOAT8
     ),
     ("fp8_block", None): Algo(quant_algo="fp8_pb_wo"),
-    ("int8", "int8"): Algo(quant_algo="W8A8_SQ_PER_CHANNEL", weights=INT8 | CHANNEL, inputs=INT8),
+    ("int8", "int8"): Algo(
+        quant_algo="W8A8_SQ_PER_CHANNEL", weights=INT8 | CHANNEL, inputs=INT8, smoothed=True
+    ),
     ("int8", None): Algo(quant_algo="W8A16", weights=INT8),
-    ("int4", None): Algo(quant_algo="W4A16_AWQ", weights=INT4, grouped=True, awq=True),
+    ("int4", None): Algo(
+        quant_algo="W4A16_AWQ", weights=INT4, grouped=True, awq=True, smoothed=True
+    ),
     ("nvfp4", "nvfp4"): Algo(
         quant_algo="NVFP4",
         weights=FLOAT4,
@@ -73,7 +81,11 @@ ALGOS: dict[tuple[str, str | None], Algo] = {
     ("mxfp4", "mxfp4"): Algo(quant_algo="mxfp4"),
     ("mxfp4", None): Algo(quant_algo="mxfp4"),
     ("mxfp4", "fp8"): Algo(
-        quant_algo="W4A8_MXFP4_FP8", weights=FLOAT4, inputs=FLOAT8, grouped=True
+        quant_algo="W4A8_MXFP4_FP8",
+        weights=FLOAT4,
+        inputs=FLOAT8,
+        grouped=True,
+        engine_scales_inputs=True,
     ),
     ("mxfp8", "mxfp8"): Algo(
         quant_algo="MXFP8", weights=FLOAT8, inputs=FLOAT8, grouped=True, inputs_grouped=True

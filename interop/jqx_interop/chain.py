@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of token ids on their way through a chain of blocks: what calibration and evaluation share.
+
+A call takes a fixed number of rows, so all calls of one kind of block run one compiled program; the
+last is filled up by repeating a row.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jqx.models import Compute, ModelSpec, embed
+from jqx.tensors.paths import unflatten
+
+from .device import callers
+from .hidden import HiddenStates
+
+ROWS_PER_CALL = 512
+"""Tokens in one call: fewer leave a CPU's matrix products short; with more, temporaries outgrow its
+caches and what its allocator keeps, which cost more than longer products gain (measured).
+"""
+
+
+def rows_per_call(n: int, tokens: int, batch_size: int) -> int:
+    """How many of `n` rows of `tokens` ids one call takes: `batch_size`, or chosen where 0. All
+    calls but the last are full.
+    """
+    rows = batch_size or max(1, ROWS_PER_CALL // tokens)
+    return -(-n // -(-n // min(rows, n)))
+
+
+def embed_rows(
+    spec: ModelSpec,
+    table: Float[np.ndarray, "v k"],
+    ids: Int[np.ndarray, "n t"],
+    hidden: HiddenStates,
+    compute: Compute,
+) -> None:
+    """Put the embeddings of `ids` into `hidden`, which is then before block 0. Only the rows of
+    `table` that occur are read.
+    """
+    used, inverse = np.unique(ids, return_inverse=True)
+    rows = inverse.reshape(ids.shape).astype(np.int32)
+    params = unflatten({f"{spec.names.embed}.weight": jnp.asarray(table[used])})
+    hidden.block = -1
+    for i, part in enumerate(hidden.batches(rows)):
+        hidden.put(i, embed(spec, params, jnp.asarray(part), compute))
+    hidden.turn()
+
+
+def side_by_side(call: Callable[[int], Any], count: int) -> Iterator[Any]:
+    """The results of `call(0)` to `call(count - 1)`, in order.
+
+    The first runs alone, since it compiles the program and makes the files. No more than a few are
+    ahead of what is taken.
+    """
+    yield call(0)
+    rest, ahead = range(1, count), 4 * callers()
+    with ThreadPoolExecutor(callers(), thread_name_prefix="jqx-block") as pool:
+        for start in range(0, len(rest), ahead):
+            yield from pool.map(call, rest[start : start + ahead])

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation will cost, from headers and one measured rate: no weight is read."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from jqx_interop.chain import ROWS_PER_CALL
+from jqx_interop.device import callers, compute_of
+from jqx_interop.plan import COMPILER, PROCESS, STARTUP, block_parameters, product_rate
+from jqx_interop.stored import Source
+
+from .passes import chunk_of
+from .task import Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """Estimates: seconds, and bytes of memory and of hidden states on disk."""
+
+    seconds: float
+    peak_memory_bytes: int
+    spilled_bytes: int
+
+
+def forecast(task: Task) -> Forecast:
+    """Forecast a task; measures how fast a matrix product is."""
+    length = task.windows.ids.shape[1]
+    rows = max(ROWS_PER_CALL, length * max(task.settings.batch_size, 1))
+    states = task.hidden_bytes
+    blocks = max(_block_bytes(task, source, rows) for source in task.sources)
+    heads = sum(_head_bytes(task, source) for source in task.sources)
+    seconds = STARTUP + sum(_operations(task, source) for source in task.sources) / product_rate()
+    return Forecast(
+        seconds=round(seconds, 1),
+        peak_memory_bytes=PROCESS + COMPILER + max(blocks, heads) + (0 if task.spills else states),
+        spilled_bytes=2 * states if task.spills else 0,
+    )
+
+
+def _block_bytes(task: Task, source: Source, rows: int) -> int:
+    """A block's weights, and what calls side by side need for their tokens and decoded weights."""
+    spec, carrier = source.spec, _carrier(task, source)
+    kind, weights = spec.blocks[0], block_parameters(spec)
+    widths = 6 * spec.hidden + 3 * kind.mlp.inner
+    widths += 4 * kind.attention.heads * kind.attention.head_dim
+    decoded = weights * (source.dtype.itemsize + carrier) if source.choices else 0
+    calls = callers() * (min(task.windows.ids.size, rows) * widths * 4 + decoded)
+    return weights * carrier + calls
+
+
+def _head_bytes(task: Task, source: Source) -> int:
+    vocab = source.spec.vocab
+    return (
+        vocab * source.spec.hidden * _carrier(task, source)
+        + callers() * 4 * chunk_of(vocab) * vocab * 4
+    )
+
+
+def _carrier(task: Task, source: Source) -> int:
+    return np.dtype(compute_of(task.settings.compute, source.dtype).carrier).itemsize
+
+
+def _operations(task: Task, source: Source) -> int:
+    """Products of weights, and attention, which is four times as slow."""
+    spec, tokens = source.spec, task.windows.ids.size
+    row = spec.blocks[0].attention
+    scores = 2 * tokens * task.windows.ids.shape[1] * row.heads * row.head_dim
+    blocks = len(spec.blocks) * (2 * block_parameters(spec) * tokens + 4 * scores)
+    return blocks + 2 * math.prod((spec.vocab, spec.hidden, task.windows.tokens))

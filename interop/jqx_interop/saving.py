@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""save: a model in memory becomes a checkpoint, quantized where its tree holds QTensors.
+
+What `load` read is written with the same bytes: tensors in the order, and with the descriptions,
+that `ptq` gives them.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from jqx.errors import InputError, nearest
+from jqx.models import ModelSpec, param_shapes
+from jqx.tensors import QTensor
+
+from .checkpoints import (
+    ShardPlan,
+    ShardWriter,
+    TensorOut,
+    Workspace,
+    dtype_name,
+    one_line,
+    open_checkpoint,
+    plan_shards,
+    small_files,
+)
+from .describe import describe
+from .inventory import SCALED_EMBEDDINGS
+from .model import Model
+from .saving_checks import Content, content_of
+from .stored_checks import kv_tensors, linear_shapes
+from .targets import TARGETS, companions
+
+
+def save(
+    model: Model,
+    out: str | Path,
+    target: str = "modelopt",
+    *,
+    max_shard_size: int | str = "10GB",
+) -> Path:
+    """Write `model` to the directory `out`, which appears complete or not at all; returns it.
+
+    Parameters are written in their own dtype, QTensors as the layout `target` stores them; the
+    tokenizer and other small files come from `model.path`. Raises InputError if `out` exists and is
+    no empty directory, or if the tree is not one that the layout can hold.
+    """
+    if target not in TARGETS:
+        raise nearest(target, TARGETS, "target")
+    content = content_of(model.spec, model.params)
+    plans = plan_shards(_outputs(model.spec, content, target), max_shard_size)
+    small = small_files(open_checkpoint(model.path)) if model.path is not None else ()
+    with Workspace(out, model.path) as space, _told(space.directory):
+        space.begin({"save": [plan.file for plan in plans]})
+        _write_tensors(space.files, content, plans, target)
+        for file in small:
+            shutil.copyfile(file, space.files / file.name)
+        _write_descriptions(space.files, model, content, target)
+        return space.publish()
+
+
+def _outputs(spec: ModelSpec, content: Content, target: str) -> Iterator[TensorOut]:
+    """Every tensor that will be written, in module order."""
+    shapes, outputs = param_shapes(spec), TARGETS[target].outputs
+    groups: dict[str, list[TensorOut]] = {}
+    first: dict[str, TensorOut] = {}
+    for path, choice in content.choices.items():
+        q = content.leaves[f"{path}.weight"]
+        given = (choice.weight, shapes[f"{path}.weight"], content.dtype, q.input_scale is not None)
+        weight, *groups[path] = outputs(path, *given)
+        first[weight.name] = weight
+        if q.pre_quant_scale is not None:
+            name = f"{path}.pre_quant_scale"
+            groups[path].append(TensorOut(name, dtype_name(content.dtype), q.shape[-1:]))
+    for tensor in kv_tensors(spec, content.dtype):
+        path = tensor.name.rpartition(".")[0].rpartition(".")[0]
+        groups.setdefault(path, []).append(tensor)
+    after = companions(shapes, groups)
+    for name, shape in shapes.items():
+        yield first.get(name) or TensorOut(name, dtype_name(content.dtype), shape)
+        yield from after.get(name, ())
+
+
+def _write_tensors(
+    folder: Path, content: Content, plans: tuple[ShardPlan, ...], target: str
+) -> None:
+    named = TARGETS[target].named
+    with ShardWriter(folder, plans) as writer:
+        for name, leaf in content.leaves.items():
+            if isinstance(leaf, QTensor):
+                for part, array in named(name.removesuffix(".weight"), leaf).items():
+                    writer.write(part, np.asarray(array))
+            else:
+                writer.write(name, np.asarray(leaf))
+        writer.finish()
+
+
+def _write_descriptions(folder: Path, model: Model, content: Content, target: str) -> None:
+    config = {k: v for k, v in model.config.items() if k != "quantization_config"}
+    key = next((key for key in ("dtype", "torch_dtype") if key in config), "dtype")
+    if str(config.get(key)).removeprefix("torch.") != content.dtype.name:
+        config[key] = content.dtype.name
+    if content.choices:
+        described = (content.choices, _unquantized(model, content), model.spec.kv_cache)
+        describe(folder, config, described, target)
+    else:  # as transformers writes it
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _unquantized(model: Model, content: Content) -> list[str]:
+    """Every module that could have been quantized and is not."""
+    names = model.spec.names
+    modules = [path for path in linear_shapes(model.spec) if path not in content.choices]
+    if model.config.get("model_type") not in SCALED_EMBEDDINGS:
+        modules.append(names.embed)
+    return [*modules, names.head] if model.spec.tied else modules
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Turn what the system refuses into an InputError that names a place."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or folder}: {error.strerror or error}. Nothing was written."
+        raise InputError(one_line(what)) from error

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a tree of parameters is one that a checkpoint can hold, and what it holds.
+
+Everything that is wrong with it is collected, then raised once.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from jqx.config import INPUT_FORMATS, Choice, base_format
+from jqx.errors import InputError
+from jqx.formats import Format, find_format, grid_shape
+from jqx.models import ModelSpec, block_prefix, input_groups, kinds, param_shapes
+from jqx.tensors import QTensor
+from jqx.tensors.paths import flatten
+
+from .checkpoints import DTYPES, TensorOut, dtype_name, refuse
+from .stored_checks import kv_tensors, linear_shapes
+from .targets import find_algo, named, outputs
+from .targets.modelopt import Algo
+
+WAY_OUT = "Save the tree that load gave, or one like it."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Content:
+    """`leaves`: every leaf of the tree by name, parameters in module order first; `choices`: the
+    formats of the quantized linears in module order; `dtype`: that of the whole model.
+    """
+
+    leaves: Mapping[str, Any]
+    choices: Mapping[str, Choice]
+    dtype: np.dtype
+
+
+def content_of(spec: ModelSpec, params: Mapping[str, Any]) -> Content:
+    """The content of the tree `params`, checked. Raises one InputError for all that is wrong."""
+    shapes = param_shapes(spec)
+    leaves = flatten(params, order=shapes)
+    stored = {n.removesuffix(".weight"): q for n, q in leaves.items() if isinstance(q, QTensor)}
+    dtype = _dtype_of(leaves)
+    wanted = shapes | {tensor.name: tensor.shape for tensor in kv_tensors(spec, dtype)}
+    problems = [f"{name} is missing" for name in wanted if name not in leaves]
+    problems += [f"{name} is no parameter of the model" for name in leaves if name not in wanted]
+    problems += [
+        f"{name} has the shape {tuple(leaf.shape)}, and the model needs {wanted[name]}"
+        for name, leaf in leaves.items()
+        if name in wanted and tuple(leaf.shape) != wanted[name]
+    ]
+    linears = linear_shapes(spec)
+    problems += [f"{path} is quantized and is no linear" for path in stored if path not in linears]
+    choices: dict[str, Choice] = {}
+    for path in linears if not problems else ():
+        if path in stored:
+            found = _choice_of(stored[path], dtype)
+            if isinstance(found, Choice):
+                choices[path] = found
+            else:
+                problems.append(f"{path} {found}")
+    problems += _fused_apart(spec, stored, choices)
+    if spec.kv_cache is not None and not stored:
+        problems.append("keys and values are quantized and no linear is: there is no name for that")
+    if problems:
+        refuse("the parameters", problems, WAY_OUT)
+    return Content(leaves=leaves, choices=choices, dtype=dtype)
+
+
+def _dtype_of(leaves: Mapping[str, Any]) -> np.dtype:
+    """The one dtype of all parameters and of what QTensors stand for; scales do not count."""
+    counts = Counter(
+        np.dtype(leaf.dtype) for name, leaf in leaves.items() if not name.endswith("_scale")
+    )
+    found = ", ".join(f"{dtype.name} ({n})" for dtype, n in counts.most_common())
+    if len(counts) != 1:
+        raise InputError(f"the parameters are {found}; cast them to one dtype")
+    (dtype,) = counts
+    if dtype.name not in ("bfloat16", "float16", "float32"):
+        raise InputError(f"the parameters are {found}; cast them to bfloat16, float16 or float32")
+    return dtype
+
+
+def _choice_of(q: QTensor, dtype: np.dtype) -> Choice | str:
+    """The formats of `q`, or why the layout cannot hold it."""
+    if q.axis != -1 or len(q.codes.shape) != 2:
+        return f"is contracted over axis {q.axis} of {q.ndim}; a checkpoint has weights [out, in]"
+    if q.low_rank is not None:
+        return "has a low-rank part, which no layout here holds"
+    name = _name_of(q.format)
+    choice = Choice(weight=name, input=q.input_format)
+    algo = find_algo(choice) if name else None
+    if name is None or algo is None:
+        return f"is stored as {q.format.name} with {q.input_format} inputs, which has no name"
+    return _parts(q, choice, algo, dtype) or choice
+
+
+def _name_of(fmt: Format) -> str | None:
+    """The name under which FORMATS has just this row; another block size has another name."""
+    for name in (fmt.name, f"{base_format(fmt.name)}_b{fmt.block[1]}"):
+        try:
+            if replace(find_format(name), name=fmt.name) == fmt:
+                return name
+        except InputError:
+            continue
+    return None
+
+
+def _parts(q: QTensor, choice: Choice, algo: Algo, dtype: np.dtype) -> str | None:
+    """What is wrong with the arrays of `q`."""
+    static = choice.input is not None and INPUT_FORMATS[choice.input].bound is not None
+    if q.input_scale is None and static and not algo.engine_scales_inputs:
+        return f"has no input_scale, which {choice.input} inputs need: calibrate it"
+    if q.input_scale is not None and not static:
+        return f"has an input_scale, and {choice.input} inputs have none"
+    if q.pre_quant_scale is not None and not algo.smoothed:
+        return f"has a pre_quant_scale, which {algo.quant_algo} does not store"
+    if (have := tuple(q.scale.shape)) != (grid := grid_shape(q.format, q.shape)):
+        return f"has scales of shape {have}, {q.format.name} has {grid} for {q.shape}"
+    wanted = {t.name: t for t in outputs("q", choice.weight or "", q.shape, dtype, static)}
+    if q.pre_quant_scale is not None:
+        name = "q.pre_quant_scale"
+        wanted[name] = TensorOut(name, dtype_name(dtype), q.shape[-1:])
+    for name, array in named("q", q).items():
+        leaf, want = name.removeprefix("q."), wanted[name]
+        dtype, shape = np.dtype(getattr(array, "dtype", float)), np.shape(array)
+        if (dtype, shape) != (DTYPES[want.dtype], want.shape):
+            asked = f"{algo.quant_algo} stores {want.dtype} {want.shape}"
+            return f"has a {leaf} that is {dtype.name} {shape}, and {asked}"
+    return None
+
+
+def _fused_apart(
+    spec: ModelSpec, stored: Mapping[str, QTensor], choices: Mapping[str, Choice]
+) -> Iterator[str]:
+    """Linears that engines fuse because they read one input, and that differ in what is shared."""
+    for i, kind in enumerate(kinds(spec)):
+        for group in input_groups(spec, kind):
+            paths = [f"{block_prefix(spec, i)}.{name}" for name in group]
+            paths = [path for path in paths if path in choices]
+            told = ", ".join(paths)
+            if len({choices[path] for path in paths}) > 1:
+                yield f"{told} read one input and engines fuse them: give them one format"
+            elif paths and (algo := find_algo(choices[paths[0]])) and algo.unified:
+                for leaf in ("tensor_scale", "input_scale"):
+                    if _several(getattr(stored[path], leaf) for path in paths):
+                        yield (
+                            f"{told} read one input and engines fuse them, and each has its own "
+                            f"{leaf}: quantize them with one amax"
+                        )
+
+
+def _several(scales: Iterable[Any]) -> bool:
+    return len({None if scale is None else float(scale) for scale in scales}) > 1

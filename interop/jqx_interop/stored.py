@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints to run: plain ones, and quantized ones in ModelOpt's unified layout, whose weights
+stay as they are stored.
+
+`open_model` looks at descriptions and headers alone; `read_params` and `read_block` read numbers.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jqx.config import Choice
+from jqx.errors import InputError
+from jqx.models import Compute, ModelSpec, block_prefix, block_shapes, kinds, param_shapes
+from jqx.models.layers import module
+from jqx.tensors.paths import unflatten
+
+from .checkpoints import (
+    DTYPES,
+    Checkpoint,
+    check_tensors,
+    model_dtype,
+    one_line,
+    open_checkpoint,
+    refuse,
+)
+from .families import spec_from_config
+from .inventory import FLOATS
+from .job import optional_tensors, own_head
+from .stored_checks import COMPANIONS, bad_numbers, kv_tensors, linear_shapes, stored_problems
+from .targets import Stated, choices_of, gathered, kv_of, read_stated
+
+HF_QUANT = "hf_quant_config.json"
+ALIGNMENT = 64  # bytes; XLA's CPU backend shares host memory at multiples of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint that can be run.
+
+    `spec` says how keys and values are cached too; `choices` holds the formats of the quantized
+    linears in module order, none for plain checkpoints; `dtype` is the model's own.
+    """
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    choices: Mapping[str, Choice]
+    dtype: np.dtype
+
+
+def open_model(model: str | Path) -> Source:
+    """Open the checkpoint `model`, a directory or Hub id, and check everything but the numbers.
+
+    Raises InputError for what cannot be read: see `open_checkpoint`; unknown families; quantization
+    of another method or algorithm; tensors that are missing, of another shape or dtype, or unknown.
+    """
+    checkpoint = open_checkpoint(model)
+    try:
+        plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        spec = spec_from_config(plain)
+        stated = read_stated(checkpoint.config.get("quantization_config"), _hf_quant(checkpoint))
+        dtype = DTYPES[_float_dtype(checkpoint)]
+        choices: Mapping[str, Choice] = {}
+        if stated is None:
+            check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
+        else:
+            spec, choices = _quantized(checkpoint, spec, stated, dtype)
+    except InputError as error:
+        where, message = str(checkpoint.path), str(error)
+        told = message if where in message else f"{where}: {message}"
+        raise InputError(one_line(told)) from error
+    spec = own_head(checkpoint, spec)
+    return Source(checkpoint=checkpoint, spec=spec, choices=choices, dtype=dtype)
+
+
+def read_params(
+    source: Source, names: Iterable[str], cast: DTypeLike | None = None
+) -> dict[str, Any]:
+    """The nested tree of the parameters `names`, which are those of `param_shapes(source.spec)`.
+
+    The weight of a quantized linear is a QTensor; what belongs to cached keys and values comes with
+    its projection. Plain tensors are in the model's dtype, plain matrices in `cast` if given. Pages
+    of the files are released as soon as they are copied.
+
+    Raises one InputError for all scales that are no scales: NaN, infinite, not positive.
+    """
+    leaves: dict[str, Any] = {}
+    problems: list[str] = []
+    beside = {tensor.name for tensor in kv_tensors(source.spec, source.dtype)}
+    shapes = param_shapes(source.spec)
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and path in source.choices:
+            arrays = dict(_arrays(source, path, problems))
+            q = gathered(arrays, source.choices[path], shapes[name], source.dtype)
+            leaves[name] = jax.tree.map(copied, q)
+            for part in arrays:
+                source.checkpoint.release(f"{path}.{part}")
+        else:
+            leaves[name] = _plain(source, name, cast)
+        if leaf == "weight":
+            for letter in "kv":
+                for extra in (f"{path}.{letter}_scale", f"{path}.{letter}_bias"):
+                    if extra in beside:
+                        leaves[extra] = _checked(source, extra, problems)
+    if problems:
+        refuse(source.checkpoint.path, problems, "The checkpoint is damaged.")
+    return unflatten(leaves)
+
+
+def read_block(source: Source, i: int, compute: Compute) -> dict[str, Any]:
+    """The tree below `block_prefix(source.spec, i)`, as `jqx.models.block` takes it: plain matrices
+    in the dtype that products take, cast once.
+    """
+    prefix = block_prefix(source.spec, i)
+    names = [f"{prefix}.{name}" for name in block_shapes(source.spec, kinds(source.spec)[i])]
+    return dict(module(read_params(source, names, compute.carrier), prefix))
+
+
+def _quantized(
+    checkpoint: Checkpoint, spec: ModelSpec, stated: Stated, dtype: np.dtype
+) -> tuple[ModelSpec, Mapping[str, Choice]]:
+    """`spec` with the format of its cache, and the formats of its quantized linears, checked
+    against the headers.
+    """
+    have, linears = checkpoint.tensors, linear_shapes(spec)
+    names = (f"{path}.weight_scale" for path in linears)
+    scales = {n.rpartition(".")[0]: have[n].shape for n in names if n in have}
+    choices = choices_of(stated, linears, scales)
+    leaves = {name.rpartition(".")[2] for name in have}
+    kv = kv_of(stated.kv, scales="k_scale" in leaves, biases="k_bias" in leaves)
+    spec = replace(spec, kv_cache=kv)
+    problems = [
+        f"{path} is described as quantized and is no linear of the model"
+        for path in stated.layers or ()
+        if path not in linears
+    ]
+    problems += stored_problems(checkpoint, spec, choices, dtype, optional_tensors(spec))
+    if problems:
+        refuse(
+            checkpoint.path, problems, "The descriptions and the weights do not belong together."
+        )
+    return spec, choices
+
+
+def _arrays(source: Source, path: str, problems: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The stored arrays of a quantized linear by leaf name; what is wrong goes to `problems`."""
+    for leaf in ("weight", *COMPANIONS):
+        if (name := f"{path}.{leaf}") in source.checkpoint.tensors:
+            array = source.checkpoint.read(name)
+            if problem := bad_numbers(name, array):
+                problems.append(problem)
+            yield leaf, array
+
+
+def _plain(source: Source, name: str, cast: DTypeLike | None) -> jax.Array:
+    array = copied(source.checkpoint.read(name).astype(source.dtype, copy=False))
+    source.checkpoint.release(name)
+    wide = cast is not None and array.ndim > 1
+    return jax.block_until_ready(array.astype(cast)) if wide else array
+
+
+def _checked(source: Source, name: str, problems: list[str]) -> jax.Array:
+    """A scale, float32 [], or a bias of cached keys or values."""
+    array = source.checkpoint.read(name)
+    if problem := bad_numbers(name, array):
+        problems.append(problem)
+    return copied(array.reshape(()) if array.size == 1 else array)
+
+
+def copied(array: np.ndarray) -> jax.Array:
+    """A mapped array on the device, complete, so that its pages can go.
+
+    JAX shares memory at addresses that suit it; what it would share is copied first, or a file that
+    changes later would change parameters.
+    """
+    shared = array.ctypes.data % ALIGNMENT == 0
+    return jax.block_until_ready(jax.device_put(array.copy() if shared else array))
+
+
+def _float_dtype(checkpoint: Checkpoint) -> str:
+    if (key := model_dtype(checkpoint)) not in FLOATS:
+        raise InputError(f"a model in {key}; those in {', '.join(sorted(FLOATS))} can be run")
+    return key
+
+
+def _hf_quant(checkpoint: Checkpoint) -> object:
+    """The content of hf_quant_config.json, None where there is none."""
+    path = checkpoint.path / HF_QUANT
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error

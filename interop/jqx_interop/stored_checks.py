@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the tensors of a quantized checkpoint are those its descriptions promise: by headers
+first, and their numbers when they are read.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from jqx.config import INPUT_FORMATS, KV_FORMATS, Choice
+from jqx.errors import InputError
+from jqx.formats import check_divides, find_format
+from jqx.models import ModelSpec, block_prefix, kinds, param_shapes
+
+from .checkpoints import Checkpoint, TensorInfo, TensorOut, dtype_name
+from .inventory import FLOATS
+from .targets import find_algo, outputs
+
+COMPANIONS = ("weight_scale", "input_scale", "weight_scale_2", "pre_quant_scale")
+"""The leaves of a quantized linear beside its codes."""
+
+
+def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Path and weight shape of everything that could be quantized: linears and a head."""
+    embed = spec.names.embed + ".weight"
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in param_shapes(spec).items()
+        if len(shape) == 2 and name != embed
+    }
+
+
+def stored_problems(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    choices: Mapping[str, Choice],
+    dtype: np.dtype,
+    optional: Iterable[str],
+) -> list[str]:
+    """What is wrong with names, dtypes and shapes, one phrase each.
+
+    `choices`: the formats of quantized linears; `dtype`: the model's; `optional`: globs of tensors
+    that may be present though nothing needs them.
+    """
+    have, linears = checkpoint.tensors, linear_shapes(spec)
+    expected: dict[str, TensorOut] = {}
+    problems, told = [], set()
+    for name, shape in param_shapes(spec).items():
+        path = name.removesuffix(".weight")
+        choice = choices.get(path) if path in linears else None
+        if path in linears and (problem := _apart(have, path, choice)):
+            problems.append(problem)
+            told.add(path)
+        elif choice is not None:
+            try:
+                check_divides(find_format(choice.weight or ""), shape)
+            except InputError as error:
+                problems.append(f"{path}: {error}")
+                told.add(path)
+            else:
+                expected |= {t.name: t for t in _linear(have, path, choice, shape, dtype)}
+        else:
+            expected[name] = TensorOut(name, "", shape)
+    expected |= {t.name: t for t in kv_tensors(spec, dtype)}
+    for tensor in expected.values():
+        problems += _differs(have.get(tensor.name), tensor)
+    for name in have:
+        known = name in expected or any(fnmatchcase(name, glob) for glob in optional)
+        if not known and name.rpartition(".")[0] not in told:
+            problems.append(_unknown(name, linears))
+    return problems
+
+
+def kv_tensors(spec: ModelSpec, dtype: np.dtype) -> Iterator[TensorOut]:
+    """The scales and biases of stored keys and values; biases have the `dtype` of the model."""
+    if spec.kv_cache is None or KV_FORMATS[spec.kv_cache].cast:
+        return
+    for i, kind in enumerate(kinds(spec)):
+        row = kind.attention
+        for name, letter in ((spec.names.k, "k"), (spec.names.v, "v")):
+            path = f"{block_prefix(spec, i)}.{name}.{letter}"
+            yield TensorOut(f"{path}_scale", "F32", ())
+            if KV_FORMATS[spec.kv_cache].affine:
+                shape = (1, row.kv_heads, 1, row.head_dim)
+                yield TensorOut(f"{path}_bias", dtype_name(dtype), shape)
+
+
+def bad_numbers(name: str, array: np.ndarray) -> str | None:
+    """Why the numbers of a scale or bias cannot be right; None for codes and for good ones.
+
+    Block scales may be zero, as a block that underflows has it; every other scale is positive.
+    """
+    leaf = name.rpartition(".")[2]
+    if leaf in ("weight", "bias") or not array.size:
+        return None
+    if array.dtype == np.uint8:
+        wrong, what = array == 255, "NaN"
+    elif leaf.endswith("_bias"):
+        wrong, what = ~np.isfinite(array.astype(np.float32)), "NaN or infinite"
+    else:
+        values = array.astype(np.float32)
+        block = array.dtype.itemsize == 1
+        wrong = ~(np.isfinite(values) & ((values >= 0) if block else (values > 0)))
+        what = "negative or NaN" if block else "not positive and finite"
+    if not wrong.any():
+        return None
+    return f"{int(wrong.sum())} of {array.size} numbers in {name} are {what}"
+
+
+def _apart(have: Mapping[str, TensorInfo], path: str, choice: Choice | None) -> str | None:
+    """Why descriptions and tensors do not agree on whether `path` is quantized."""
+    weight, scaled = have.get(f"{path}.weight"), f"{path}.weight_scale" in have
+    if choice is None and scaled:
+        return f"{path} has a weight_scale, and the descriptions leave it alone"
+    if choice is not None and not scaled and weight is not None and weight.dtype in FLOATS:
+        return (
+            f"{path} is described as {choice.weight}, and its weight is {weight.dtype} "
+            "without a weight_scale"
+        )
+    return None
+
+
+def _linear(
+    have: Mapping[str, TensorInfo],
+    path: str,
+    choice: Choice,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> Iterator[TensorOut]:
+    """The tensors of a quantized linear, with what it may have besides if it has it."""
+    algo = find_algo(choice)
+    assert algo is not None
+    static = choice.input is not None and INPUT_FORMATS[choice.input].bound is not None
+    given = f"{path}.input_scale" in have
+    has_input_scale = static and (given or not algo.engine_scales_inputs)
+    yield from outputs(path, choice.weight or "", shape, dtype, has_input_scale)
+    factor = f"{path}.pre_quant_scale"
+    if factor in have:
+        yield TensorOut(factor, dtype_name(dtype), shape[-1:])
+
+
+def _differs(found: TensorInfo | None, wanted: TensorOut) -> Iterator[str]:
+    if found is None:
+        yield f"tensor {wanted.name} is missing"
+        return
+    one = math.prod(found.shape) == math.prod(wanted.shape) == 1  # [1] and [] are both written
+    if found.shape != wanted.shape and not one:
+        yield f"tensor {wanted.name} has shape {found.shape}, it should have {wanted.shape}"
+    if found.dtype not in ({wanted.dtype} if wanted.dtype else FLOATS):
+        asked = wanted.dtype or "a floating-point dtype"
+        yield f"tensor {wanted.name} has dtype {found.dtype}, it should have {asked}"
+
+
+def _unknown(name: str, linears: Mapping[str, object]) -> str:
+    path, _, leaf = name.rpartition(".")
+    if leaf in COMPANIONS and path not in linears:
+        return f"tensor {name} belongs to no linear of the model"
+    return f"tensor {name} is not part of the model"

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stored weights become arrays as late as they can, so that a program holds few of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Float
+
+from jqx.tensors import QTensor
+
+
+def dense(data: Any) -> Any:
+    """The array that is, or is stored in, `data`."""
+    return data.decode() if isinstance(data, QTensor) else data
+
+
+def decoded_after(latest: Any, data: Any) -> Any:
+    """`dense(data)`, not computed before the activation `latest` is there; None for none.
+
+    XLA schedules for concurrency on a CPU: it would decode all weights of a program at once, and
+    hold them. It drops optimization barriers before that, so what orders it is a case that never
+    comes.
+    """
+    if latest is None or not isinstance(data, QTensor):
+        return dense(data)
+    name = "scale" if data.tensor_scale is None else "tensor_scale"
+    scale = getattr(data, name)
+    never = _never(lax.stop_gradient(latest))
+    return data.replace(**{name: jnp.where(never, jnp.zeros_like(scale), scale)}).decode()
+
+
+@custom_vmap
+def _never(x: Float[Array, "..."]) -> Bool[Array, ""]:
+    """False, which a CPU does not know before it has `x`."""
+    return lax.platform_dependent(
+        x, cpu=lambda x: x.ravel()[0] > jnp.inf, default=lambda x: jnp.bool(False)
+    )
+
+
+@_never.def_vmap
+def _never_in_a_batch(size: int, batched: Sequence[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+    """Not one for every example, or each would decode the weights."""
+    return _never(x[0]), False
