@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from command import jqx, refused
 from generating import write_model
+from safetensors.numpy import load_file, save_file
 
 import jqx_interop as ji
 from jqx.errors import InputError
@@ -50,6 +51,21 @@ def test_options(model, options, saying):
 def test_a_file_that_is_no_text(model, tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe")
     refused("generate", model, "--prompt-file", tmp_path / "p.txt", saying=("p.txt", "UTF-8"))
+
+
+def test_weights_that_are_no_numbers(model):
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("1.mlp.down_proj.weight"))
+    tensors[name][3, 5] = np.nan
+    save_file(tensors, file)
+    refused("generate", model, "--prompt", "a", "-n", 4, saying=("not finite", "NaN"))
+
+
+def test_layers_beyond_reason(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    refused("generate", model, "--prompt", "a", saying=("num_hidden_layers 1000000000", "10000"))
 
 
 def test_no_model(tmp_path):

@@ -4,6 +4,7 @@
 import re
 from importlib.resources import files
 from pathlib import Path
+from textwrap import shorten
 
 from jqx.errors import InputError
 
@@ -54,7 +55,7 @@ def _snapshot(hub_id: str) -> Path:
             )
         )
     except Exception as error:  # its own, the HTTP client's and the operating system's
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         raise InputError(
             one_line(
                 f"{hub_id}: no such directory, and the Hub has not given it ({reason}). "

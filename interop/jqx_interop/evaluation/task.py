@@ -174,6 +174,8 @@ def _folders(task: Task) -> Iterator[tuple[Path | None, ...]]:
                 folder.mkdir()
             yield folders
     except OSError as error:
+        if error.filename and not str(error.filename).startswith(tempfile.gettempdir()):
+            raise  # another file's
         raise InputError(
             f"{tempfile.gettempdir()}: {error.strerror or error}; hidden states of "
             f"{2 * task.hidden_bytes / 2**30:.1f} GiB go there, so make room, or allow them in "

@@ -11,6 +11,9 @@ from jqx import InputError
 
 from .family import DEFAULTS, NEUTRAL, REQUIRED, Family, Flag
 
+MOST_LAYERS = 10_000
+"""More are a damaged config; every layer takes memory before its weights are looked for."""
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -49,6 +52,11 @@ class Reader:
         if wrong:
             named = ", ".join(f"{meaning} = {value!r}" for meaning, value in wrong.items())
             raise InputError(f"config needs positive integers, but has {named}")
+        if self("num_hidden_layers") > MOST_LAYERS:
+            raise InputError(
+                f"config has num_hidden_layers {self('num_hidden_layers')}; "
+                f"no model has more than {MOST_LAYERS}"
+            )
 
     def refuse_unread(self, read: tuple[str, ...]) -> None:
         """Raise InputError for options that change the arithmetic of some family and that this one

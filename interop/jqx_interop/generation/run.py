@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from jqx.errors import InputError
 from jqx.models import ModelSpec, param_shapes
@@ -124,6 +125,7 @@ def run(
     rows = [_Row(tokenizer, sampling.stop, ends, limit) for limit in limits]
     moments = [time.perf_counter()]
     session.read(ids)
+    _check_numbers(np.asarray(session.logits()))
     keys = None if draw.temperature is None else sequence_keys(sampling.seed, _numbers(ids))
     progress.phase("generating", max(limits))
     for tokens in session.tokens(draw, keys):
@@ -142,6 +144,17 @@ def run(
         tokens_per_second=(len(moments) - 3) / (moments[-1] - moments[2]) if moments[3:] else None,
         weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
     )
+
+
+def _check_numbers(logits: Float[np.ndarray, "b v"]) -> None:
+    """Raises InputError if the model computes no numbers."""
+    for row, of_prompt in enumerate(logits, 1):
+        bad = np.count_nonzero(~np.isfinite(of_prompt))
+        if bad:
+            raise InputError(
+                f"after prompt {row} {bad} of {of_prompt.size} scores of the next token are not "
+                "finite: the weights hold NaN or infinity, or their products overflow"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
