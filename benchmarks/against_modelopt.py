@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from measure import Run, median, run
+from measure import Run, median, parser, run
 from tokenizers import Tokenizer
 
 from jqx_interop import compare_checkpoints
@@ -46,19 +46,14 @@ SEARCHED = ("input_scale", "k_scale", "v_scale")  # depend on how activations ar
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("model", type=Path)
+    p = parser(__doc__)
     p.add_argument("--peer", type=Path, required=True, help="python of the peer environment")
     p.add_argument("--text", type=Path, required=True)
     p.add_argument("--jobs", nargs="+", default=["fp8", "int4_wo"], choices=list(JOBS))
     p.add_argument("--sequences", type=int, default=32)
     p.add_argument("--length", type=int, default=512)
     p.add_argument("--batch", type=int, default=1, help="sequences in a statistics batch")
-    p.add_argument("--threads", type=int, default=2)
     p.add_argument("--runs", type=int, default=3)
-    p.add_argument("--json", action="store_true")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         ids = Path(folder) / "ids.npy"

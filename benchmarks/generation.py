@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import parser
 
 HERE = Path(__file__).resolve().parent
 RECIPES = {
@@ -35,18 +36,13 @@ RECIPES = {
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("model", type=Path)
+    p = parser(__doc__)
     p.add_argument("--peer", type=Path, help="python of the peer environment")
     p.add_argument("--formats", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     p.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     p.add_argument("--new", type=int, default=96, help="tokens to generate")
     p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--threads", type=int, default=2)
     p.add_argument("--runs", type=int, default=5)
-    p.add_argument("--json", action="store_true")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.worker:

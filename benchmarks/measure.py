@@ -3,6 +3,7 @@
 process tree.
 """
 
+import argparse
 import statistics
 import subprocess
 import threading
@@ -20,6 +21,17 @@ class Run:
 
     seconds: float
     peak_bytes: int
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """The options every comparison has: the model, how many threads, and whether to print JSON."""
+    p = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("model", type=Path)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--json", action="store_true")
+    return p
 
 
 def run(command: Sequence[str | Path]) -> Run:

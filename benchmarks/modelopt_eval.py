@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import parser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,7 @@ FORMATS = {
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("model", type=Path)
+    p = parser(__doc__)
     p.add_argument("--peer", type=Path, required=True, help="python of the peer environment")
     p.add_argument("--text", type=Path, required=True)
     p.add_argument("--calib", type=Path, help="text to calibrate on (default: --text)")
@@ -60,10 +58,8 @@ def main() -> None:
     p.add_argument("--window", type=int, default=512)
     p.add_argument("--stride", type=int, default=256)
     p.add_argument("--sequences", type=int, default=16, help="for calibration, of 512 tokens")
-    p.add_argument("--threads", type=int, default=2)
     p.add_argument("--compute", nargs="+", default=["float32"])
     p.add_argument("--keep", type=Path, help="directory for what ModelOpt exports")
-    p.add_argument("--json", action="store_true")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(a, a.keep or Path(folder))

@@ -62,6 +62,11 @@ class Choice:
     output: str | None = None
     kv: str | None = None
 
+    @property
+    def static_input(self) -> bool:
+        """Whether inputs are quantized with a scale that is stored."""
+        return self.input is not None and INPUT_FORMATS[self.input].bound is not None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputFormat:

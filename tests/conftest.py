@@ -4,6 +4,7 @@ spoil.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import exports
@@ -51,3 +52,17 @@ def here(original: Path, tmp_path: Path, monkeypatch) -> Path:
     shutil.copytree(original, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> Path:
+    """Quantized checkpoints to damage, each in a directory of its key."""
+    from damage import save_all  # late, as above
+
+    return save_all(tmp_path_factory.mktemp("stored"))
+
+
+@pytest.fixture
+def copy(stored: Path, tmp_path: Path) -> Callable[[exports.Export], Path]:
+    """Makes a copy of one of them."""
+    return lambda row: shutil.copytree(stored / row.key, tmp_path / "model")

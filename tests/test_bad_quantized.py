@@ -7,22 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from damage import DOWN, INT4, MIXED, MXFP8, NVFP4, described, inline, refused, save_all
+from damage import DOWN, INT4, MIXED, MXFP8, NVFP4, described, inline, refused
 from exports import Export
 
 import jqx_interop as ji
 from jqx.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory) -> Path:
-    return save_all(tmp_path_factory.mktemp("stored"))
-
-
-@pytest.fixture
-def copy(stored: Path, tmp_path: Path):
-    return lambda row: shutil.copytree(stored / row.key, tmp_path / "model")
-
 
 FOREIGN = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
@@ -80,6 +69,11 @@ SAID: dict[str, tuple[Export, Callable[[Path], object], tuple[str, ...]]] = {
     "not JSON": (
         NVFP4,
         lambda f: (f / "hf_quant_config.json").write_text("{"),
+        ("hf_quant_config.json is not JSON",),
+    ),
+    "nested without end": (
+        NVFP4,
+        lambda f: (f / "hf_quant_config.json").write_text("[" * 100_000),
         ("hf_quant_config.json is not JSON",),
     ),
     "not an object": (

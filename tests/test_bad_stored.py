@@ -7,22 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import DOWN, INT4, KEYS, MXFP8, NVFP4, add, change, described, number, refused, save_all
+from damage import DOWN, INT4, KEYS, MXFP8, NVFP4, add, change, described, number, refused
 from exports import Export
 
 import jqx_interop as ji
 from jqx_interop.stored import open_model
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory) -> Path:
-    return save_all(tmp_path_factory.mktemp("stored"))
-
-
-@pytest.fixture
-def copy(stored: Path, tmp_path: Path):
-    return lambda row: shutil.copytree(stored / row.key, tmp_path / "model")
-
 
 F32 = np.float32
 STORED: dict[str, tuple[Export, Callable[[Path], object], tuple[str, ...]]] = {

@@ -116,7 +116,7 @@ def _without_producer(path: Path) -> Any:
         return None
     try:
         data = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     for part in (data, data.get("quantization_config") if isinstance(data, dict) else None):
         if isinstance(part, dict):

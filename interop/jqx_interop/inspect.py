@@ -48,7 +48,7 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
     """Look at the checkpoint `model`. Raises InputError if it cannot be read."""
     checkpoint = open_checkpoint(model)
     quantization = _quantization(checkpoint)
-    total = sum(info.end - info.start for info in checkpoint.tensors.values())
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
     facts: dict[str, Any] = {
         "model_type": checkpoint.config.get("model_type"),
         "architecture": ", ".join(checkpoint.config.get("architectures") or []) or None,
@@ -99,7 +99,7 @@ def _stored(checkpoint: Checkpoint) -> list[Stored]:
             dtype=dtype,
             tensors=len(infos),
             parameters=sum(math.prod(info.shape) for info in infos),
-            bytes=sum(info.end - info.start for info in infos),
+            bytes=sum(info.nbytes for info in infos),
         )
         for dtype, infos in sorted(kinds.items())
     ]

@@ -192,7 +192,7 @@ def _work(
 
 def _bytes_of(job: Job, unit: int) -> int:
     infos = (job.checkpoint.tensors[name] for name in job.inventory.units[unit])
-    return sum(info.end - info.start for info in infos)
+    return sum(info.nbytes for info in infos)
 
 
 @runtime_checkable

@@ -33,7 +33,7 @@ from .inventory import SCALED_EMBEDDINGS
 from .model import Model
 from .saving_checks import Content, content_of
 from .stored_checks import kv_tensors, linear_shapes
-from .targets import TARGETS, companions
+from .targets import TARGETS, companions, input_factor
 
 
 def save(
@@ -74,8 +74,7 @@ def _outputs(spec: ModelSpec, content: Content, target: str) -> Iterator[TensorO
         weight, *groups[path] = outputs(path, *given)
         first[weight.name] = weight
         if q.pre_quant_scale is not None:
-            name = f"{path}.pre_quant_scale"
-            groups[path].append(TensorOut(name, dtype_name(content.dtype), q.shape[-1:]))
+            groups[path].append(input_factor(path, q.shape, content.dtype))
     for tensor in kv_tensors(spec, content.dtype):
         path = tensor.name.rpartition(".")[0].rpartition(".")[0]
         groups.setdefault(path, []).append(tensor)

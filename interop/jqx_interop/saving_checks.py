@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from jqx.config import INPUT_FORMATS, Choice, base_format
+from jqx.config import Choice, base_format
 from jqx.errors import InputError
 from jqx.formats import Format, find_format, grid_shape
 from jqx.models import ModelSpec, block_prefix, input_groups, kinds, param_shapes
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
 
-from .checkpoints import DTYPES, TensorOut, dtype_name, refuse
+from .checkpoints import DTYPES, refuse
 from .stored_checks import kv_tensors, linear_shapes
-from .targets import find_algo, named, outputs
+from .targets import find_algo, input_factor, named, outputs
 from .targets.modelopt import Algo
 
 WAY_OUT = "Save the tree that load gave, or one like it."
@@ -110,7 +110,7 @@ def _name_of(fmt: Format) -> str | None:
 
 def _parts(q: QTensor, choice: Choice, algo: Algo, dtype: np.dtype) -> str | None:
     """What is wrong with the arrays of `q`."""
-    static = choice.input is not None and INPUT_FORMATS[choice.input].bound is not None
+    static = choice.static_input
     if q.input_scale is None and static and not algo.engine_scales_inputs:
         return f"has no input_scale, which {choice.input} inputs need: calibrate it"
     if q.input_scale is not None and not static:
@@ -121,8 +121,8 @@ def _parts(q: QTensor, choice: Choice, algo: Algo, dtype: np.dtype) -> str | Non
         return f"has scales of shape {have}, {q.format.name} has {grid} for {q.shape}"
     wanted = {t.name: t for t in outputs("q", choice.weight or "", q.shape, dtype, static)}
     if q.pre_quant_scale is not None:
-        name = "q.pre_quant_scale"
-        wanted[name] = TensorOut(name, dtype_name(dtype), q.shape[-1:])
+        factor = input_factor("q", q.shape, dtype)
+        wanted[factor.name] = factor
     for name, array in named("q", q).items():
         leaf, want = name.removeprefix("q."), wanted[name]
         dtype, shape = np.dtype(getattr(array, "dtype", float)), np.shape(array)

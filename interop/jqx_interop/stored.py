@@ -5,7 +5,6 @@ stay as they are stored.
 `open_model` looks at descriptions and headers alone; `read_params` and `read_block` read numbers.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from .checkpoints import (
     model_dtype,
     one_line,
     open_checkpoint,
+    read_beside,
     refuse,
 )
 from .families import spec_from_config
@@ -64,7 +64,9 @@ def open_model(model: str | Path) -> Source:
     try:
         plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         spec = spec_from_config(plain)
-        stated = read_stated(checkpoint.config.get("quantization_config"), _hf_quant(checkpoint))
+        stated = read_stated(
+            checkpoint.config.get("quantization_config"), read_beside(checkpoint.path, HF_QUANT)
+        )
         dtype = DTYPES[_float_dtype(checkpoint)]
         choices: Mapping[str, Choice] = {}
         if stated is None:
@@ -188,14 +190,3 @@ def _float_dtype(checkpoint: Checkpoint) -> str:
     if (key := model_dtype(checkpoint)) not in FLOATS:
         raise InputError(f"a model in {key}; those in {', '.join(sorted(FLOATS))} can be run")
     return key
-
-
-def _hf_quant(checkpoint: Checkpoint) -> object:
-    """The content of hf_quant_config.json, None where there is none."""
-    path = checkpoint.path / HF_QUANT
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error

@@ -9,14 +9,14 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from jqx.config import INPUT_FORMATS, KV_FORMATS, Choice
+from jqx.config import KV_FORMATS, Choice
 from jqx.errors import InputError
 from jqx.formats import check_divides, find_format
 from jqx.models import ModelSpec, block_prefix, kinds, param_shapes
 
 from .checkpoints import Checkpoint, TensorInfo, TensorOut, dtype_name
 from .inventory import FLOATS
-from .targets import find_algo, outputs
+from .targets import find_algo, input_factor, outputs
 
 COMPANIONS = ("weight_scale", "input_scale", "weight_scale_2", "pre_quant_scale")
 """The leaves of a quantized linear beside its codes."""
@@ -132,13 +132,12 @@ def _linear(
     """The tensors of a quantized linear, with what it may have besides if it has it."""
     algo = find_algo(choice)
     assert algo is not None
-    static = choice.input is not None and INPUT_FORMATS[choice.input].bound is not None
     given = f"{path}.input_scale" in have
-    has_input_scale = static and (given or not algo.engine_scales_inputs)
+    has_input_scale = choice.static_input and (given or not algo.engine_scales_inputs)
     yield from outputs(path, choice.weight or "", shape, dtype, has_input_scale)
-    factor = f"{path}.pre_quant_scale"
-    if factor in have:
-        yield TensorOut(factor, dtype_name(dtype), shape[-1:])
+    factor = input_factor(path, shape, dtype)
+    if factor.name in have:
+        yield factor
 
 
 def _differs(found: TensorInfo | None, wanted: TensorOut) -> Iterator[str]:

@@ -101,7 +101,7 @@ class Finisher:
             self._job.checkpoint.release(task[0])
             sources = list(task)
         found = (self._job.checkpoint.tensors[name] for name in sources)
-        self._advance(sum(info.end - info.start for info in found))
+        self._advance(sum(info.nbytes for info in found))
 
     def _write(self, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
         for name, array in arrays:

@@ -14,6 +14,7 @@ from .problems import one_line as one_line
 from .problems import refuse as refuse
 from .read import Checkpoint as Checkpoint
 from .read import open_checkpoint as open_checkpoint
+from .read import read_beside as read_beside
 from .resolve import BUNDLED as BUNDLED
 from .resolve import bundled_model as bundled_model
 from .resolve import resolve_model as resolve_model

@@ -75,7 +75,7 @@ def model_dtype(checkpoint: Checkpoint) -> str:
     if not plain:
         problem = 'config.json has no "dtype" and no tensor is stored as plain floats.'
         raise InputError(one_line(f"{checkpoint.path}: {problem}"))
-    return max(plain, key=lambda t: t.end - t.start).dtype
+    return max(plain, key=lambda t: t.nbytes).dtype
 
 
 def small_files(checkpoint: Checkpoint) -> tuple[Path, ...]:

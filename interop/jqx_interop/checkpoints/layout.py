@@ -57,6 +57,11 @@ class TensorInfo:
     start: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return self.end - self.start
+
 
 @dataclass(frozen=True, slots=True)
 class Header:

@@ -32,7 +32,7 @@ class MappedTensors:
         tensor = self._tensors[name]
         dtype = DTYPES[tensor.dtype]
         data = self._map(tensor)
-        count = (tensor.end - tensor.start) // dtype.itemsize
+        count = tensor.nbytes // dtype.itemsize
         array = np.frombuffer(data, dtype, count, tensor.start)
         if tensor.start % dtype.itemsize:
             array = array.copy()

@@ -81,6 +81,20 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     return Checkpoint(path, config, tensors, files, MappedTensors(tensors.values()))
 
 
+def read_beside(folder: Path, name: str) -> dict[str, Any] | None:
+    """The JSON object in the file `name` of a checkpoint's directory; None where there is none.
+
+    Raises InputError for a file that holds something else.
+    """
+    if not (folder / name).is_file():
+        return None
+    problems: list[str] = []
+    found = _read_object(folder / name, problems)
+    if problems:
+        refuse(folder, problems)
+    return found
+
+
 def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     """The JSON object in a file; anything else adds to `problems` and gives an empty one."""
     try:
@@ -97,7 +111,7 @@ def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     else:
         if isinstance(value, dict):
             return value
-        problems.append(f"{path.name} holds a {type(value).__name__}, not an object")
+        problems.append(f"{path.name} holds a {type(value).__name__}, not a JSON object")
     return {}
 
 

@@ -24,6 +24,9 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 MODEL = "A directory with config.json and safetensors, a Hub id, or the word bundled."
 """What a checkpoint is named by, in --help."""
 
+COMPUTE = "auto, float32 or bf16."
+"""What --compute takes, in --help."""
+
 WIDEST = 1000
 """Columns of a line that nobody's terminal has to fit."""
 
@@ -119,3 +122,10 @@ def duration(seconds: float) -> str:
         if minutes < 90
         else f"{seconds / 3600:.1f} h"
     )
+
+
+def complete_compute(incomplete: str) -> list[str]:
+    """The names `--compute` takes that begin like `incomplete`."""
+    from jqx_interop.device import COMPUTE_NAMES
+
+    return [name for name in COMPUTE_NAMES if name.startswith(incomplete)]

@@ -7,19 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import MODEL, Bars, duration, err, out, print_json, print_table, size
+from .console import (
+    COMPUTE,
+    MODEL,
+    Bars,
+    complete_compute,
+    duration,
+    err,
+    out,
+    print_json,
+    print_table,
+    size,
+)
 
 if TYPE_CHECKING:
     from jqx_interop.evaluation import Evaluation, Task
 
 DATA, HOW = "Text", "How it runs"
-
-
-def complete_compute(incomplete: str) -> list[str]:
-    """The names `--compute` takes that begin like `incomplete`."""
-    from jqx_interop.device import COMPUTE_NAMES
-
-    return [name for name in COMPUTE_NAMES if name.startswith(incomplete)]
 
 
 def evaluate(  # noqa: PLR0913  a command's options are its parameters
@@ -61,9 +65,7 @@ def evaluate(  # noqa: PLR0913  a command's options are its parameters
     ] = "4GiB",
     compute: Annotated[
         str,
-        typer.Option(
-            help="auto, float32 or bf16.", rich_help_panel=HOW, autocompletion=complete_compute
-        ),
+        typer.Option(help=COMPUTE, rich_help_panel=HOW, autocompletion=complete_compute),
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from jqx.errors import InputError
 
-from .console import MODEL, Bars, err, print_json, size
+from .console import COMPUTE, MODEL, Bars, complete_compute, err, print_json, size
 
 if TYPE_CHECKING:
     from jqx_interop.generation import Generation
@@ -62,7 +62,7 @@ def generate(  # noqa: PLR0913  a command's options are its parameters
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given again.")
     ] = None,
-    compute: Annotated[str, typer.Option(help="auto, float32 or bf16.")] = "auto",
+    compute: Annotated[str, typer.Option(help=COMPUTE, autocompletion=complete_compute)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Let the model go on with a text, or answer a message.

@@ -8,7 +8,18 @@ import typer
 
 from jqx.errors import InputError
 
-from .console import MODEL, Bars, duration, err, out, print_json, print_table, size
+from .console import (
+    COMPUTE,
+    MODEL,
+    Bars,
+    complete_compute,
+    duration,
+    err,
+    out,
+    print_json,
+    print_table,
+    size,
+)
 
 if TYPE_CHECKING:
     from jqx_interop.job import Job
@@ -82,7 +93,8 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         str, typer.Option(help="Largest file.", rich_help_panel=HOW)
     ] = "10GB",
     compute: Annotated[
-        str, typer.Option(help="auto, float32 or bf16.", rich_help_panel=HOW)
+        str,
+        typer.Option(help=COMPUTE, rich_help_panel=HOW, autocompletion=complete_compute),
     ] = "auto",
     target: Annotated[
         str, typer.Option(help="The layout: see `jqx targets`.", rich_help_panel=HOW)

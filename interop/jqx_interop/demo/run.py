@@ -135,7 +135,7 @@ def _speech(model: str | Path) -> str:
 
 
 def _tensor_bytes(model: str | Path) -> int:
-    return sum(info.end - info.start for info in open_checkpoint(model).tensors.values())
+    return sum(info.nbytes for info in open_checkpoint(model).tensors.values())
 
 
 @contextmanager

@@ -77,6 +77,6 @@ def bits_per_weight(source: Source) -> float | None:
     """Stored bits per weight of the quantized linears, scales included; None if there are none."""
     tensors, shapes = source.checkpoint.tensors, param_shapes(source.spec)
     names = [f"{p}.{leaf}" for p in source.choices for leaf in STORED if f"{p}.{leaf}" in tensors]
-    size = sum(tensors[name].end - tensors[name].start for name in names)
+    size = sum(tensors[name].nbytes for name in names)
     values = sum(math.prod(shapes[f"{path}.weight"]) for path in source.choices)
     return 8 * size / values if values else None

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a text goes on: what the caller asks for, and what the checkpoint says where he does not."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any
 
 from jqx.errors import InputError
 from jqx.models.sampling import Draw
-from jqx_interop.checkpoints import one_line
+from jqx_interop.checkpoints import one_line, read_beside
 
 MOST_KEPT = 1 << 24  # more tokens than any vocabulary has
 GENERATION_CONFIG = "generation_config.json"
@@ -59,16 +58,7 @@ def read_generation_config(path: Path | None) -> dict[str, Any]:
 
     Raises InputError if it is not a JSON object.
     """
-    file = None if path is None else path / GENERATION_CONFIG
-    if file is None or not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(one_line(f"{file}: is not JSON ({error})")) from error
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: is not a JSON object")
-    return found
+    return {} if path is None else read_beside(path, GENERATION_CONFIG) or {}
 
 
 def draw_of(sampling: Sampling, said: Mapping[str, Any]) -> Draw:

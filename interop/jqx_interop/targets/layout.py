@@ -50,11 +50,18 @@ def named(path: str, q: QTensor) -> dict[str, ArrayLike]:
 def outputs(
     path: str, name: str, shape: tuple[int, ...], dtype: np.dtype, has_input_scale: bool
 ) -> list[TensorOut]:
-    """What `named` will give for a weight of `shape` and `dtype` stored in the format `name`."""
+    """What `named` will give for a weight of `shape` and `dtype` stored in the format `name`, but
+    for `input_factor`.
+    """
     return [
         TensorOut(f"{path}.{leaf}", kind, size)
         for leaf, kind, size in _leaves(name, shape, dtype.name, has_input_scale)
     ]
+
+
+def input_factor(path: str, shape: tuple[int, ...], dtype: np.dtype) -> TensorOut:
+    """The pre_quant_scale of a weight of `shape` in a model of `dtype`."""
+    return TensorOut(f"{path}.pre_quant_scale", dtype_name(dtype), shape[-1:])
 
 
 @lru_cache(maxsize=256)
