@@ -2,6 +2,11 @@
 """Post-training quantization of language models in JAX."""
 
 from .algorithms import ALGORITHMS as ALGORITHMS
+from .api import dequantize as dequantize
+from .api import fake_quantized as fake_quantized
+from .api import kv_rounding as kv_rounding
+from .api import quantize as quantize
+from .calibration.run import calibrate as calibrate
 from .config import KEEP as KEEP
 from .config import QuantConfig as QuantConfig
 from .config import Rule as Rule
@@ -15,5 +20,9 @@ from .recipes import RECIPES as RECIPES
 from .recipes import Recipe as Recipe
 from .tensors import QTensor as QTensor
 from .tensors import Stats as Stats
+from .transforms import Axes as Axes
+from .transforms import axes as axes
 from .transforms import observe as observe
+from .transforms import probe as probe
+from .transforms import probes as probes
 from .transforms import quantized as quantized

@@ -3,8 +3,10 @@
 wins.
 
 A rule's glob is matched (fnmatch, case matters) against the path of a weight,
-`model.layers.3.mlp.up_proj.weight`, or of an attention, `model.layers.3.self_attn`. Each field of a
-rule is a format name, None (leave it alone) or KEEP (what an earlier rule said).
+`model.layers.3.mlp.up_proj.weight`, or of an attention, `model.layers.3.self_attn`, and against the
+modules it lies in: `model.layers.3.mlp` and `layers/*/attn/q_proj` cover what is inside. Parts are
+divided by dots or slashes. Each field of a rule is a format name, None (leave it alone) or KEEP
+(what an earlier rule said).
 """
 
 import dataclasses
@@ -140,16 +142,34 @@ TABLES = {
 """Field of a rule -> the names it takes, and what they are."""
 
 
+def check_names(rule: Rule) -> None:
+    """Raises InputError, with the nearest names, for a value that is no name of what it should
+    be.
+    """
+    if isinstance(rule.weight, str):
+        find_format(rule.weight)
+    for field, (table, what) in TABLES.items():
+        value = getattr(rule, field)
+        if isinstance(value, str) and value not in table:
+            raise nearest(value, table, what)
+
+
 def base_format(name: str) -> str:
     """The row of `FORMATS` that `name` varies: `int4` for `int4_b64`."""
     return name if name in FORMATS else name.rpartition("_b")[0]
+
+
+def covers(glob: str, path: str) -> bool:
+    """Whether a rule with this glob is about `path`: it matches the path or a module around it."""
+    glob, parts = glob.replace("/", "."), path.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:i]), glob) for i in range(len(parts), 0, -1))
 
 
 def resolve(config: QuantConfig, path: str, kind: str) -> Choice:
     """What `config` says about `path`: each field from the last matching rule that sets it."""
     found: dict[str, Any] = {}
     for rule in config.rules:
-        if rule.kind in (None, kind) and fnmatch.fnmatchcase(path, rule.path_glob):
+        if rule.kind in (None, kind) and covers(rule.path_glob, path):
             for field in FIELDS:
                 value = getattr(rule, field)
                 if value is not KEEP:
@@ -217,12 +237,9 @@ def _rule(row: Mapping[str, Any]) -> Rule:
     for field, value in row.items():
         if not isinstance(value, str) and (value is not None or field == "path_glob"):
             raise InputError(f"{field}: {value!r} in a rule is no name; write it in quotes")
-    if row.get("weight") is not None:
-        find_format(row["weight"])
-    for field, (table, what) in TABLES.items():
-        if row.get(field) is not None and row[field] not in table:
-            raise nearest(row[field], table, what)
-    return Rule(**row)
+    rule = Rule(**row)
+    check_names(rule)
+    return rule
 
 
 def _only(data: Mapping[str, Any], allowed: tuple[str, ...], what: str) -> None:

@@ -10,7 +10,7 @@ from observing import normal
 import jqx
 from jqx import QTensor
 
-ENCODE = jax.jit(QTensor.quantize, static_argnames=("fmt", "axis"))
+ENCODE = jax.jit(QTensor.quantize, static_argnames=("fmt", "axis", "stack"))
 DECODE = jax.jit(QTensor.decode)
 SCALE = np.float32(0.02)
 K, N = 32, 16

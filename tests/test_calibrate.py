@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.flax import load_file
 
 from jqx import InputError
-from jqx.calibrate import (
+from jqx.calibration import (
     affine_fold,
     affine_start,
     amax,
@@ -84,7 +84,7 @@ def test_stored_amax_reads_files_in_pieces(tmp_path, monkeypatch):
     x = np.random.default_rng(0).standard_normal((37, 11)).astype(ml_dtypes.bfloat16)
     x.tofile(tmp_path / "x")
     mapped = np.memmap(tmp_path / "x", ml_dtypes.bfloat16, "r", shape=x.shape)
-    monkeypatch.setattr("jqx.calibrate.reductions.CHUNK", 64)
+    monkeypatch.setattr("jqx.calibration.reductions.CHUNK", 64)
     assert stored_amax(mapped) == np.abs(x.astype(np.float32)).max()
     assert stored_amax(mapped[::2, ::3]) == np.abs(x[::2, ::3].astype(np.float32)).max()
     assert stored_amax(mapped[:0]) == 0

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jqx.calibrate import input_scale
+from jqx.calibration import input_scale
 from jqx.config import INPUT_FORMATS, KV_FORMATS
 from jqx.transforms import fake_input, fake_kv
 

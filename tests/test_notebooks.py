@@ -17,7 +17,7 @@ def read(path):
 
 
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS] == ["01_quantize_and_export.ipynb"]
+    assert {path.name for path in NOTEBOOKS} == CHECKS.keys()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -38,12 +38,43 @@ def test_it_is_valid_begins_with_words_and_keeps_no_outputs(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path):
     notebook = read(path)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
     results = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in results), "the plot is missing"
-    printed = "".join(output.get("text", "") for output in results)
+    CHECKS[path.name]("".join(output.get("text", "") for output in results))
+
+
+def check_export(printed):
     kl = dict(re.findall(r"^(\w+) .*KL divergence (\d\.\d+)", printed, re.MULTILINE))
     assert float(kl["fp8"]) < float(kl["int4_blockwise_weight_only"]) < float(kl["nvfp4"]) < 1
     assert "saving and loading: True" in printed
     before, after = re.findall(r"^KL ([\d.]+) -> ([\d.]+)$", printed, re.MULTILINE)[0]
     assert float(after) < float(before)
+
+
+def check_any_model(printed):
+    """Training and quantizing do what the text around the cells says."""
+    losses = dict(re.findall(r"^(\w+) +held-out loss ([\d.]+)$", printed, re.MULTILINE))
+    loss = {name: float(value) for name, value in losses.items()}
+    assert loss["float32"] < 2.6
+    assert loss["int8"] < loss["float32"] + 0.01
+    assert loss["float32"] < loss["mxfp4"] < loss["float32"] + 0.1
+    before, after = re.findall(r"loss in four bits: ([\d.]+) -> ([\d.]+)", printed)[0]
+    exact, rounded, tuned = re.findall(
+        r"without rounding ([\d.]+), then rounded ([\d.]+); trained with it ([\d.]+)", printed
+    )[0]
+    assert float(exact) < float(tuned) < float(rounded) < float(before)
+    assert tuned == after
+    assert float(re.findall(r"^stored: ([\d.]+)", printed, re.MULTILINE)[0]) == pytest.approx(
+        float(after), abs=2e-4
+    )
+    right = dict(re.findall(r"^(\w+) +([\d.]+)% right$", printed, re.MULTILINE))
+    assert float(right["float32"]) > 98
+    assert all(abs(float(right[name]) - float(right["float32"])) < 1 for name in ("fp8", "int8"))
+    assert "Conv_0.kernel (3, 3, 1, 16) has 9 inputs" in printed
+
+
+CHECKS = {
+    "01_quantize_and_export.ipynb": check_export,
+    "02_any_jax_model.ipynb": check_any_model,
+}

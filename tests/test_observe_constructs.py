@@ -40,7 +40,7 @@ def test_scan_stacks_what_it_takes_apart_and_merges_what_is_shared():
     np.testing.assert_allclose(found["shared"], np.max([by_channel(a) for a in act], 0), rtol=1e-4)
     assert uses(stack, params, x) == [
         Use("gains", "elementwise"),
-        Use("own", "dot", (1,), (2,)),
+        Use("own", "dot", (1,), (2,), (0,)),
         Use("act", "name"),
         Use("shared", "dot", (1,), (0,)),
     ]
@@ -113,12 +113,23 @@ def test_names_are_found_in_constructs_that_no_parameter_enters():
 # --- what is not observed
 
 W = (8, 8)
+
+
+def unwalked(f, x):
+    """A construct without a rule."""
+    return lax.custom_linear_solve(lambda y: y, x, lambda _, b: f(b))
+
+
 UNTRACKED = {
     "scaled": (lambda w, x: x @ (w * 2), True),
     "scaled by an activation": (lambda w, x: x @ (w * x[0, 0]), True),
-    "sliced": (lambda w, x: x[:, :4] @ w[:4], True),
-    "indexed": (lambda w, x: x[:, :1] @ w[None, 3], True),
-    "concatenated": (lambda w, x: x @ jnp.concatenate([w, w], 1), True),
+    "sliced": (lambda w, x: x[:, :4] @ w[:4], False),
+    "indexed": (lambda w, x: x[:, :1] @ w[None, 3], False),
+    "every other row": (lambda w, x: x[:, :4] @ w[::2], False),
+    "sliced across": (lambda w, x: x[:, :6] @ w.reshape(64)[3:51].reshape(6, 8), True),
+    "concatenated": (lambda w, x: x @ jnp.concatenate([w, w], 1), False),
+    "concatenated with zeros": (lambda w, x: x @ jnp.concatenate([w, jnp.zeros_like(w)], 1), True),
+    "concatenated with an activation": (lambda w, x: x @ jnp.concatenate([w, x], 1), True),
     "times another": (lambda w, x: x @ (w @ w.T), True),
     "plus a product": (lambda w, x: x @ (w + w @ w), True),
     "rotated by a constant": (lambda w, x: x @ (w @ np.eye(8, dtype=np.float32)), True),
@@ -129,9 +140,19 @@ UNTRACKED = {
     ),
     "in a while loop": (
         lambda w, x: lax.while_loop(lambda h: h.sum() < 0, lambda h: h @ w, x),
+        False,
+    ),
+    "in the test of a while loop": (
+        lambda w, x: lax.while_loop(lambda h: (h @ w).sum() < 0, lambda h: h + 1, x),
         True,
     ),
-    "in a branch": (lambda w, x: lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x), True),
+    "in a branch": (lambda w, x: lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x), False),
+    "chosen by a branch": (lambda w, x: x @ lax.cond(x[0, 0] > 0, lambda: w, lambda: w.T), True),
+    "a branch or an activation": (
+        lambda w, x: x @ lax.cond(x[0, 0] > 0, lambda: w, lambda: x),
+        True,
+    ),
+    "looked up by number": (lambda w, x: x @ jnp.take(w, jnp.array([3, 1]), 0).T, True),
     "carried": (
         lambda w, x: lax.scan(lambda c, _: ((c[0].T, c[1] @ c[0]), None), (w, x), length=2)[0][1],
         True,
@@ -140,7 +161,7 @@ UNTRACKED = {
         lambda w, x: lax.scan(lambda h, row: (h @ jnp.outer(row, row), None), x, w)[0],
         True,
     ),
-    "convolved": (lambda w, x: lax.conv(x[None, None], w[None, None], (1, 1), "SAME")[0, 0], True),
+    "convolved": (lambda w, x: lax.conv(x[None, None], w[None, None], (1, 1), "SAME")[0, 0], False),
     "used and scaled": (lambda w, x: x @ w + x @ (2 * w), True),
     "a bias": (lambda w, x: x + w, False),
     "a broadcast gain": (lambda w, x: x * (1 + w[:, :1]).reshape(1, 8), False),
@@ -167,13 +188,13 @@ def test_a_parameter_can_be_observed_in_one_place_and_untracked_in_another():
 
 def test_a_name_in_a_construct_that_is_not_walked_is_listed():
     def f(p, x):
-        return lax.cond(x[0, 0] > 0, lambda: checkpoint_name(x @ p["w"], "h"), lambda: x)
+        return unwalked(lambda x: checkpoint_name(x @ p["w"], "h"), x)
 
     assert untracked(f, {"w": normal(8, 8)}, normal(8, 8)) == ["h", "w"]
 
 
 def test_even_a_gain_is_listed_in_a_construct_that_is_not_walked():
     def f(p, x):
-        return lax.cond(x[0, 0] > 0, lambda: x * p["gain"][None], lambda: x)
+        return unwalked(lambda x: x * p["gain"][None], x)
 
     assert untracked(f, {"gain": normal(8)}, normal(3, 8)) == ["gain"]

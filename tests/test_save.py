@@ -19,6 +19,7 @@ from jqx.errors import InputError
 from jqx.formats import FORMATS, find_format
 from jqx.models.linen import CausalLM
 from jqx.tensors import QTensor
+from jqx.tensors.layout import Layout
 from jqx.tensors.paths import flatten, unflatten
 from jqx_interop.checkpoints import ShardWriter
 
@@ -176,8 +177,8 @@ TREES = {
         ("model.embed_tokens is quantized and is no linear",),
     ),
     "another axis": (
-        lambda named: {Q: replace(named[Q], axis=-2)},
-        ("q_proj is contracted over axis -2", "[out, in]"),
+        lambda named: {Q: replace(named[Q], layout=Layout(columns=(-2,)))},
+        ("q_proj is contracted over (0,) of 2 axes", "[out, in]"),
     ),
     "a low-rank part": (
         changed(Q, low_rank=(jnp.zeros((128, 1)), jnp.zeros((1, 128)))),

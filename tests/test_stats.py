@@ -2,6 +2,7 @@
 """Statistics as a pytree, their merging and flat form, and the names of the leaves of a tree."""
 
 import json
+from collections import namedtuple
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,9 @@ def test_a_tree_that_only_contains_params_keeps_its_names():
 def test_boxes_and_sequences_in_names():
     tree = {"w": Partitioned(jnp.ones(2), names=("a",)), "value": [1, (2, 3)]}
     assert paths.leaf_names(tree) == ["value.0", "value.1.0", "value.1.1", "w"]
+    pair = namedtuple("Pair", ("key", "value"))
+    assert paths.leaf_names({"w": pair(1, 2)}) == ["w.key", "w.value"]
+    assert paths.leaf_names({"w": pair({"a": 1}, 2)}) == ["w.key.a", "w.value"]
 
 
 @pytest.mark.parametrize("names", [["a", "a.b"], ["a.b", "a"], ["a.b", "a.b.c"], ["a", "a.b.c"]])

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jqx.calibrate import amax, input_amax, stored_amax
+from jqx.calibration import amax, input_amax, stored_amax
 from jqx.errors import InputError
 from jqx.models import block_prefix, kinds, project_kv
 from jqx.tensors.paths import unflatten

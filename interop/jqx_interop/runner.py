@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqx.calibrate import AffineKV, affine_fold, affine_start, amax, input_amax, never_met
+from jqx.calibration import AffineKV, affine_fold, affine_start, amax, input_amax, never_met
 from jqx.config import KVFormat
 from jqx.errors import InputError
 from jqx.models import BlockKind, Compute, ModelSpec, block, block_prefix, kinds

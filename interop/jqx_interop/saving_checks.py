@@ -85,8 +85,10 @@ def _dtype_of(leaves: Mapping[str, Any]) -> np.dtype:
 
 def _choice_of(q: QTensor, dtype: np.dtype) -> Choice | str:
     """The formats of `q`, or why the layout cannot hold it."""
-    if q.axis != -1 or len(q.codes.shape) != 2:
-        return f"is contracted over axis {q.axis} of {q.ndim}; a checkpoint has weights [out, in]"
+    if q.columns != (1,) or q.ndim != 2:
+        return (
+            f"is contracted over {q.columns} of {q.ndim} axes; a checkpoint has weights [out, in]"
+        )
     if q.low_rank is not None:
         return "has a low-rank part, which no layout here holds"
     name = _name_of(q.format)

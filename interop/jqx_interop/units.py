@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jqx.calibrate import kv_scale
+from jqx.calibration import kv_scale
 
 from .checkpoints import DTYPES, ShardWriter
 from .job import Attention, Job

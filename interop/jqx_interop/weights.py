@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqx.algorithms import ALGORITHMS, LinearStats
-from jqx.calibrate import input_scale, stored_amax
+from jqx.calibration import input_scale, stored_amax
 from jqx.config import INPUT_FORMATS
 from jqx.errors import InputError
 from jqx.formats import Format, find_format

@@ -70,7 +70,9 @@ def _max(a: Float32[Array, "..."], axis: int) -> Float32[Array, "..."]:
 def _blocks(x: Array, rows: int, cols: int) -> Array:
     n, k = x.shape
     x = jnp.pad(x, ((0, -n % rows), (0, -k % cols))) if n % rows or k % cols else x
-    return x.reshape(x.shape[0] // rows, rows, x.shape[1] // cols, cols)
+    # one axis at a time: JAX knows no sharding of more
+    x = x.reshape(x.shape[0] // rows, rows, x.shape[1])
+    return x.reshape(*x.shape[:2], x.shape[2] // cols, cols)
 
 
 def to_blocks(x: Array, block: Block) -> Array:
@@ -80,7 +82,8 @@ def to_blocks(x: Array, block: Block) -> Array:
 
 def from_blocks(x: Array, shape: tuple[int, ...]) -> Array:
     """The matrix [n, k] that `to_blocks` took apart."""
-    flat = x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3])
+    rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    flat = rows.reshape(rows.shape[0], rows.shape[1] * rows.shape[2])
     return flat if flat.shape == shape else flat[: shape[0], : shape[1]]
 
 

@@ -58,10 +58,10 @@ def few_rows(params: Params, compute: Compute) -> Callable[[Met], Array | None]:
     def product(met: Met) -> Float[Array, "m n"] | None:
         x, w = met.x, leaves[met.use.path]
         axes = met.use.activation_axes, met.use.weight_axes
-        if axes != ((1,), (1,)) or x.shape[0] > FEW:
+        if axes != ((1,), (1,)) or not met.whole or x.shape[0] > FEW:
             return None
         if isinstance(w, QTensor):
-            return _stored(x.astype(jnp.float32), w, exact) if w.axis == -1 else None
+            return _stored(x.astype(jnp.float32), w, exact) if w.columns == (1,) else None
         return _plain(x.astype(jnp.float32), w, exact) if w.dtype == _BF16 else None
 
     return product

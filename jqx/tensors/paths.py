@@ -7,7 +7,8 @@ from a tree (JAX sorts dict keys, layer 10 before layer 2): it is given by the c
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -34,14 +35,21 @@ def strip(tree: Any) -> Any:
     return tree[PREFIX] if wrapped and isinstance(tree[PREFIX], Mapping) else tree
 
 
-def dotted(keys: Sequence[Any]) -> str:
-    """The name of a leaf from the keys `jax.tree_util.tree_flatten_with_path` gives.
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
+    """Every leaf of any pytree after its name, in the order of `jax.tree.leaves`.
 
-    The attribute `value` at the end is left out: it is the box Flax puts around a leaf (NNX
-    variables, partitioning).
+    An attribute `value` that has no neighbours is no part of a name: it is the box Flax puts around
+    a leaf (NNX variables, partitioning).
     """
+    pairs = tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    leaves_in = Counter(keys[:i] for keys, _ in pairs for i in range(len(keys)))
+    return [(_dotted(keys, leaves_in[keys[:-1]] == 1), leaf) for keys, leaf in pairs]
+
+
+def _dotted(keys: Sequence[Any], alone: bool) -> str:
+    """The name of a leaf from its keys; `alone`: whether it is all that its node has."""
     parts = [tree_util.keystr((key,), simple=True) for key in keys]
-    if keys and isinstance(keys[-1], tree_util.GetAttrKey) and parts[-1] == "value":
+    if alone and keys and keys[-1] == tree_util.GetAttrKey("value"):
         parts = parts[:-1]
     if len(parts) > 1 and parts[0] == PREFIX:
         parts = parts[1:]
@@ -50,7 +58,7 @@ def dotted(keys: Sequence[Any]) -> str:
 
 def leaf_names(tree: Any) -> list[str]:
     """The name of every leaf of any pytree, in the order of `jax.tree.leaves`."""
-    return [dotted(keys) for keys, _ in tree_util.tree_flatten_with_path(tree)[0]]
+    return [name for name, _ in named_leaves(tree)]
 
 
 def flatten(tree: Mapping[str, Any], order: Iterable[str] | None = None) -> dict[str, Any]:

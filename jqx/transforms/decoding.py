@@ -37,11 +37,11 @@ def decoded_after(latest: Any, data: Any) -> Any:
 def _never(x: Float[Array, "..."]) -> Bool[Array, ""]:
     """False, which a CPU does not know before it has `x`."""
     return lax.platform_dependent(
-        x, cpu=lambda x: x.ravel()[0] > jnp.inf, default=lambda x: jnp.bool(False)
+        x, cpu=lambda x: jnp.any(x > jnp.inf), default=lambda x: jnp.bool(False)
     )
 
 
 @_never.def_vmap
 def _never_in_a_batch(size: int, batched: Sequence[bool], x: jax.Array) -> tuple[jax.Array, bool]:
     """Not one for every example, or each would decode the weights."""
-    return _never(x[0]), False
+    return _never(x), False

@@ -2,29 +2,32 @@
 """The jaxpr walker: run any function of parameters, and act where a parameter meets an activation.
 
 The function is traced once; its equations are evaluated one after another, and every value carries
-its `Origin`. What an equation does to origins, and where a handler is called, is a rule in a table
+its `Origin`. What an equation does to origins, and where a meeting is noticed, is a rule in a table
 (`primitives.PRIMITIVES`). Equations without a rule are evaluated as they are (`plain`): parameters
 that go in do not come out as views, and nothing that was a matrix disappears without a trace. The
 words used for that:
 
-- *use*: a matrix product ("dot"), a lookup of rows ("gather"), or an "elementwise" meeting: a
-  parameter added to or subtracted from an activation (a bias, a table of positions), or one of rank
-  at most 1 in any other operation (a norm's gain). Rank counts axes longer than one.
+- *use*: a product with a matrix ("dot", "ragged_dot", "conv"), a lookup of rows ("gather"), or an
+  "elementwise" meeting: a parameter added to or subtracted from an activation (a bias, a table of
+  positions), or one of rank at most 1 in any other operation (a norm's gain). Rank counts axes
+  longer than one.
 - *untracked*: a parameter that meets an activation in any other way, on any path: changed first
-  (scaled, sliced, concatenated, multiplied with another parameter) and then in a matrix product; of
-  rank 2 or more in an operation that has no rule; or inside a construct that is not walked. A
-  parameter can have uses and be untracked too. One that meets no activation at all is neither.
+  (scaled, padded, multiplied with another parameter) and then in a matrix product; of rank 2 or
+  more in an operation that has no rule; or inside a construct that is not walked. A parameter can
+  have uses and be untracked too. One that meets no activation at all is neither.
 
 A value computed from constants alone is no activation, unless the function has no inputs but the
 parameters: then the constants are its batch.
 
 A parameter may be a QTensor (`Walk.stored`): the function is traced with the array it stands for,
 and it is decoded where an equation reads it. Nested jit, remat and scan take it as it is, so of a
-stack that a scan takes apart one member at a time is decoded.
+stack that is taken apart one member at a time is decoded.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -37,34 +40,41 @@ from jqx.tensors import QTensor
 from jqx.tensors.paths import leaf_names
 
 from .decoding import decoded_after, dense
-from .views import ACTIVATION, CONSTANT, Origin, derived, parameter
+from .entries import Entry, merged, ordered
+from .rearrange import STORED, arranged
+from .views import ACTIVATION, CONSTANT, Origin, Pieces, View, derived, parameter
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
     """One way in which a parameter meets an activation, or a named activation.
 
-    `path` is the parameter's name, or the name given to `checkpoint_name`. `op` is "dot", "gather",
-    "elementwise" or "name". For "dot" `activation_axes` are the activation's axes that are summed
-    over, in the order of the parameter's channels, and `weight_axes` the parameter's. For "gather"
-    `weight_axes` is the axis that is looked up and the activation is the array of indices. All axes
-    of a parameter are those of the leaf in the tree: a leaf of stacked layers that a scan takes
-    apart counts its leading axis.
+    `path` is the parameter's name, or the name given to `checkpoint_name`. `op` is "dot",
+    "ragged_dot", "conv", "gather", "elementwise" or "name". For products `activation_axes` are the
+    activation's axes that are summed over, in the order of the parameter's channels (of a
+    convolution the axis of its features), and `weight_axes` the parameter's. For "gather"
+    `weight_axes` is the axis that is looked up and the activation is the array of indices.
+    `stack_axes` are the parameter's axes along which one member at a time is used: scanned,
+    indexed, or a batch dimension of the product. All axes of a parameter are those of the leaf in
+    the tree.
     """
 
     path: str
     op: str
     activation_axes: tuple[int, ...] = ()
     weight_axes: tuple[int, ...] = ()
+    stack_axes: tuple[int, ...] = ()
 
 
 class Met(NamedTuple):
-    """What a handler is given at a use of op "dot", "gather" or "name".
+    """A use with its arrays.
 
     `apply(x, w)` evaluates the operation on the activation and the parameter (None for a name),
     each in its right place. `active`: whether `x` depends on the inputs; a constant may turn a
-    weight. `stored`: the QTensor that `w` is a view of (in a scan over a stack its member), None if
-    there is none, or if the stack was rearranged before it was taken apart.
+    weight. `view`: how `w` lies in the parameter. `batch`: the axes of `x` that meet a member each,
+    and the pieces of the parameter they run over. `groups`: of a ragged_dot, how many rows of `x`
+    meet each member, which lie one after another along the axis `ragged`. `summed`: the pieces of
+    the parameter that each of `use.activation_axes` runs over.
     """
 
     use: Use
@@ -72,12 +82,17 @@ class Met(NamedTuple):
     w: Any
     apply: Callable[[Any, Any], Any]
     active: bool
-    stored: QTensor | None
+    view: View | None = None
+    batch: tuple[tuple[int, Pieces], ...] = ()
+    groups: Any = None
+    ragged: int = 0
+    summed: tuple[Pieces, ...] = ()
 
-
-# Returns the result of the operation, or what stands in for it, and what is collected: a pytree of
-# arrays, or None.
-Handler = Callable[[Met], tuple[Any, Any]]
+    @property
+    def whole(self) -> bool:
+        """Whether `w` is all of the parameter."""
+        sizes = [p.size for dim in self.view.axes for p in dim] if self.view else [0]
+        return self.view is not None and prod(sizes) == prod(self.view.shape)
 
 
 class Value(NamedTuple):
@@ -87,7 +102,21 @@ class Value(NamedTuple):
     origin: Origin
 
 
+PRODUCTS = ("dot", "ragged_dot", "conv")
+"""The ops of uses that are products."""
+
 Rule = Callable[["Walk", Any, list[Value]], list[Value]]
+
+
+class Output(NamedTuple):
+    """The result of one product, and how often the scans around it are run, outermost first; None
+    for a loop whose length only the running program knows.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    loops: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -96,24 +125,55 @@ class Record:
 
     uses: dict[Use, None] = field(default_factory=dict)
     untracked: dict[str, None] = field(default_factory=dict)
+    outputs: list[Output] = field(default_factory=list)
+
+    def add(self, other: "Record") -> None:
+        """Everything that `other` tells as well."""
+        self.uses.update(other.uses)
+        self.untracked.update(other.untracked)
+        self.outputs.extend(other.outputs)
+
+
+@dataclass(frozen=True)
+class Acts:
+    """What a transform does at a meeting. `change` returns what stands in for the result, or None:
+    the operation as it is. `collect` returns an Entry of what it keeps, or None. Entries of one
+    path are combined with `merge`, a function of two of what they keep, for which `neutral` counts
+    as nothing.
+    """
+
+    change: "Callable[[Met, Walk], Any] | None" = None
+    collect: "Callable[[Met, Walk], Entry | None] | None" = None
+    merge: Callable[[Any, Any], Any] = partial(jax.tree.map, jnp.maximum)
+    neutral: float | int = 0
 
 
 @dataclass(frozen=True)
 class Walk:
     """One pass over one jaxpr. `found` is what was collected in it so far, by path; `stored` are
-    the parameters that are QTensors, as this jaxpr sees them.
+    the parameters that are QTensors. `loops` are the lengths of the scans around it, `stacks` the
+    depths of those that take parameters apart. `given` are arrays for the products to come, by
+    path, which `probe` adds. `beside` is what `change` knows of parameters, a pytree by path: what
+    is outside of a shard_map cannot be used in it, so it goes in with the operands.
     """
 
     rules: Mapping[str, Rule]
-    handler: Handler
-    merge: Callable[[Any, Any], Any]
+    acts: Acts = Acts()
     record: Record = field(default_factory=Record)
-    found: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Entry] = field(default_factory=dict)
     stored: Mapping[str, QTensor] = field(default_factory=dict)
+    loops: tuple[int | None, ...] = ()
+    stacks: tuple[int, ...] = ()
+    given: dict[str, list[Any]] | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
-    def inner(self) -> "Walk":
+    def inner(self, **changes: Any) -> "Walk":
         """A walk over an inner jaxpr: it collects by itself and shares the record."""
-        return replace(self, found={})
+        return replace(self, found={}, **changes)
+
+    def dry(self) -> "Walk":
+        """A walk that only finds out what there is inside a construct."""
+        return replace(self, found={}, record=Record(), acts=Acts(), given=None)
 
     def run(self, jaxpr: Any, consts: Sequence[Value], args: Sequence[Value]) -> list[Value]:
         """Evaluate a jaxpr; what its variables are bound to carries an origin, and so do the
@@ -128,27 +188,41 @@ class Walk:
             return Value(atom.val, CONSTANT) if isinstance(atom, jex.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
-            rule = self.rules.get(eqn.primitive.name, plain)
+            ins = [read(atom) for atom in eqn.invars]
             with eqn.ctx.manager:
-                outs = rule(self, eqn, _ready(eqn, [read(atom) for atom in eqn.invars], latest))
+                outs = _still_stored(eqn, ins) or self._evaluated(eqn, ins, latest)
             env.update(zip(eqn.outvars, outs, strict=True))
             latest = next(filter(_orders, outs), Value(latest, CONSTANT)).data
         return [read(atom) for atom in jaxpr.outvars]
 
+    def _evaluated(self, eqn: Any, ins: list[Value], latest: Any) -> list[Value]:
+        """The results of an equation; operands are decoded unless it has a jaxpr inside."""
+        stored = any(isinstance(v.data, QTensor) for v in ins)
+        if stored and not any(True for _ in jex.jaxprs_in_params(eqn.params)):
+            ins = [v._replace(data=decoded_after(latest, v.data)) for v in ins]
+        return self.rules.get(eqn.primitive.name, plain)(self, eqn, ins)
+
     def meet(self, met: Met) -> Any:
-        """Record a use, let the handler act on it, and keep what it collects."""
-        self.record.uses.setdefault(met.use)
-        out, what = self.handler(met)
-        self.collect(met.use.path, what)
+        """Record a use, act on it, and keep what is collected."""
+        out = self.acts.change(met, self) if self.acts.change else None
+        out = met.apply(met.x, met.w) if out is None else out
+        self.note(met, out)
         return out
 
-    def collect(self, path: str, what: Any) -> None:
-        """Keep `what`, merged with what the path already has."""
-        if not jax.tree.leaves(what):
-            return
+    def note(self, met: Met, out: Any) -> None:
+        """Record a use whose result is `out`, and keep what is collected."""
+        self.record.uses.setdefault(met.use)
+        if met.use.op in PRODUCTS:
+            self.record.outputs.append(Output(met.use.path, out.shape, out.dtype, self.loops))
+        entry = self.acts.collect(met, self) if self.acts.collect else None
+        if entry is not None and jax.tree.leaves(entry.what):
+            self.keep(met.use.path, entry)
+
+    def keep(self, path: str, entry: Entry) -> None:
+        """Keep an entry, merged with what the path already has."""
         if path in self.found:
-            what = merged(self.merge, path, self.found[path], what)
-        self.found[path] = what
+            entry = merged(self.acts.merge, path, self.found[path], entry)
+        self.found[path] = entry
 
     def escape(self, values: Sequence[Value], rank: int) -> None:
         """Parameters among `values` enter an operation: up to `rank` an elementwise use, above it
@@ -162,28 +236,19 @@ class Walk:
                     self.record.untracked.setdefault(path)
 
 
-def merged(merge: Callable[[Any, Any], Any], path: str, a: Any, b: Any) -> Any:
-    """Two collected pytrees as one, leaf by leaf. Raises InputError if they are not alike."""
-    shapes = [jax.tree.map(np.shape, tree) for tree in (a, b)]
-    if shapes[0] != shapes[1]:
-        raise InputError(
-            f"{path} is used in ways whose statistics differ: {shapes[0]} and {shapes[1]}. "
-            "Collect for one `use.op` only and return None for the others."
-        )
-    return jax.tree.map(merge, a, b)
-
-
 def _orders(value: Value) -> bool:
     x = value.data
     return value.origin.active and jnp.issubdtype(x.dtype, jnp.floating) and x.size > 0
 
 
-def _ready(eqn: Any, ins: list[Value], latest: Any) -> list[Value]:
-    """The operands of an equation, decoded unless it has a jaxpr inside."""
-    stored = any(isinstance(v.data, QTensor) for v in ins)
-    if not stored or any(True for _ in jex.jaxprs_in_params(eqn.params)):
-        return ins
-    return [v._replace(data=decoded_after(latest, v.data)) for v in ins]
+def _still_stored(eqn: Any, ins: list[Value]) -> list[Value] | None:
+    """The result of rearranging a stored parameter, still stored; None where that cannot be."""
+    name = eqn.primitive.name
+    if name not in STORED or not isinstance(ins[0].data, QTensor):
+        return None
+    others = [v.data for v in ins[1:]]
+    q = STORED[name](ins[0].data, eqn, others)
+    return None if q is None else [Value(q, arranged(ins[0].origin, eqn, others))]
 
 
 def evaluate(eqn: Any, data: Sequence[Any]) -> list[Any]:
@@ -251,7 +316,7 @@ def interpret(
     Raises InputError if two leaves have one name.
     """
     arrays, rebuild = arrays_of((params, tuple(args)))
-    mine = _named(params)
+    mine = named_arrays(params)
     outside = CONSTANT if len(arrays) > len(mine) else ACTIVATION
 
     def flat(*xs: Any) -> Any:
@@ -267,11 +332,14 @@ def interpret(
     ins += [Value(x, ACTIVATION) for x in arrays[len(mine) :]]
     outs = walk.run(closed.jaxpr, [Value(c, outside) for c in closed.consts], ins)
     found = [dense(v.data) for v in outs]
-    return jax.tree.unflatten(jax.tree.structure(shapes), found), walk.found
+    collected = {path: ordered(entry) for path, entry in walk.found.items()}
+    return jax.tree.unflatten(jax.tree.structure(shapes), found), collected
 
 
-def _named(params: Any) -> dict[str, Any]:
-    """The leaves that are arrays, by name, in the order of the tree."""
+def named_arrays(params: Any) -> dict[str, Any]:
+    """The leaves that are arrays, by name, in the order of the tree. Raises InputError if two have
+    one name.
+    """
     pairs = zip(leaf_names(params), jax.tree.leaves(params), strict=True)
     found: dict[str, Any] = {}
     for name, x in pairs:

@@ -7,12 +7,19 @@ function says what to observe.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .interpret import Met, Record, Use, Walk, arrays_of, interpret
+from jqx.errors import InputError
+from jqx.tensors import QTensor
+from jqx.tensors.paths import named_leaves
+
+from .entries import Entry
+from .interpret import Acts, Met, Record, Use, Walk, arrays_of, interpret
+from .placing import entry
 from .primitives import PRIMITIVES
 
 
@@ -20,26 +27,37 @@ def observe(
     f: Callable[..., Any],
     collect: Callable[[Use, Any], Any],
     merge: Callable[[Any, Any], Any] = jnp.maximum,
+    neutral: float | int = 0,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """The function `(params, *args) -> (f(params, *args), {path: collected})`.
 
-    `collect(use, x)` is called for each matrix product ("dot") and row lookup ("gather", where `x`
-    are the indices) of a parameter with an activation `x`, and for each named activation ("name");
-    it returns a pytree of arrays, or None for nothing. Several uses of one path are merged leaf by
-    leaf with `merge`, which also merges the iterations of a scan over a parameter that is the same
-    in all; for one that a scan takes apart they are stacked.
+    `collect(use, x)` is called for each product ("dot", "conv", "ragged_dot") and row lookup
+    ("gather", where `x` are the indices) of a parameter with an activation `x`, and for each named
+    activation ("name"); for "ragged_dot" `x` is a pair: the activation, whose rows lie in groups,
+    and the sizes of the groups. It returns a pytree of arrays, or None for nothing.
+
+    Several uses of one path are merged leaf by leaf with `merge`, and so are the iterations of a
+    loop and the devices of a shard_map. Where a function uses one member of a stack (an iteration
+    of a scan that takes it apart, an index) what is collected gets a leading axis, an entry a
+    member. `neutral` is what counts as nothing for `merge`: a member, a branch or a loop that is
+    not reached has it.
 
     The output is what `f` computes, the same operations in the same order. Jit the result, as you
     would jit `f`.
 
-    Raises InputError if two uses of one path collect arrays of different shapes.
+    Raises InputError if two uses of one path collect arrays of different shapes, and where the
+    result is differentiated through a function with a gradient of its own that a parameter is used
+    in.
     """
 
-    def handler(met: Met) -> tuple[Any, Any]:
-        return met.apply(met.x, met.w), collect(met.use, met.x)
+    def taken(met: Met, walk: Walk) -> Entry | None:
+        x = met.x if met.groups is None else (met.x, met.groups)
+        what = collect(met.use, x)
+        return None if what is None else entry(met, what, neutral, walk.stacks)
 
     def observed(params: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
-        return interpret(f, Walk(PRIMITIVES, handler, merge), params, args)
+        acts = Acts(collect=taken, merge=partial(jax.tree.map, merge), neutral=neutral)
+        return interpret(f, Walk(PRIMITIVES, acts), params, args)
 
     return observed
 
@@ -50,28 +68,31 @@ def uses(f: Callable[..., Any], params: Any, *args: Any) -> list[Use]:
 
     In the order of first meeting. Nothing is computed: `jax.ShapeDtypeStruct` leaves are enough.
     """
-    return list(_record(f, params, args).uses)
+    return list(record(f, params, args).uses)
 
 
 def untracked(f: Callable[..., Any], params: Any, *args: Any) -> list[str]:
     """Paths of parameters that meet an activation in a way that is not a use (see `interpret`):
     they are not observed, or not everywhere. Nothing is computed.
     """
-    return list(_record(f, params, args).untracked)
+    return list(record(f, params, args).untracked)
 
 
-def _record(f: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Record:
-    record = Record()
-
-    def handler(met: Met) -> tuple[Any, Any]:
-        return met.apply(met.x, met.w), None
-
-    walk = Walk(PRIMITIVES, handler, jnp.maximum, record)
+def record(f: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Record:
+    """All that tracing `f` tells. Nothing is computed. Raises InputError for a QTensor among
+    `params`.
+    """
+    stored = lambda x: isinstance(x, QTensor)  # noqa: E731
+    for path, x in named_leaves(params, stored):
+        if stored(x):
+            raise InputError(f"{path} is quantized: give dense parameters here (jqx.dequantize)")
+    walk = Walk(PRIMITIVES)
     arrays, rebuild = arrays_of((params, args))
 
     def run(xs: list[Any]) -> Any:
         p, a = rebuild(xs)
-        return interpret(f, walk, p, a)[0]
+        out = interpret(f, walk, p, a)[0]
+        return arrays_of(out)[0]
 
     jax.eval_shape(run, arrays)
-    return record
+    return walk.record

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of one parameter that a configuration selects: its stored form, or the rounding that
+stands for it, and how its inputs are quantized.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from jqx.algorithms import ALGORITHMS, LinearStats
+from jqx.calibration import input_scale
+from jqx.config import INPUT_FORMATS, Choice
+from jqx.errors import InputError
+from jqx.formats import find_format
+from jqx.tensors import QTensor, Stats
+from jqx.tensors.layout import Layout, layout_of, to_matrices
+from jqx.transforms.axes import Axes
+from jqx.transforms.fake import Fake
+from jqx.transforms.inputs import Treatment
+
+
+def stored_leaf(
+    path: str, w: Any, choice: Choice, axes: Axes, algorithm: str | None, stats: Stats | None
+) -> QTensor:
+    """The parameter `w` at `path` as a QTensor, on its devices and sharded as it is.
+
+    Raises InputError for numbers that no scale covers, and for a scale of inputs that `stats` do
+    not give.
+    """
+    if isinstance(w, QTensor):
+        raise InputError(f"{path} is quantized already: dequantize it first (jqx.dequantize)")
+    if choice.weight is None:
+        raise InputError(
+            f"{path} gets the input format {choice.input} and no weight format, and stored weights "
+            "carry both: give it one, or use jqx.fake_quantized"
+        )
+    check_floats(path, w)
+    treatment = _treatment(path, choice, axes, stats, needed=True)
+    layout = layout_of(axes.shape, axes.contracted, axes.stack)
+    encode = partial(_encode, fmt=choice.weight, layout=layout, algorithm=algorithm or "max")
+    fields = {
+        "input_scale": None if treatment is None else treatment.input_scale,
+        "input_format": choice.input,
+    }
+    if isinstance(w, Tracer):
+        return encode(w)[0].replace(**fields)
+    w = jnp.asarray(w)
+    on_cpu = {device.platform for device in w.devices()} == {"cpu"}
+    q, finite = encode(_for_any_fold(w) if on_cpu else jax.device_put(w, jax.devices("cpu")[0]))
+    if not finite:
+        raise InputError(
+            f"{path} has NaN or infinite values, and no scale covers them: look at where the "
+            "parameters come from"
+        )
+    return _placed(q.replace(**fields), w, on_cpu)
+
+
+def check_floats(path: str, w: Any) -> None:
+    """Raises InputError for a parameter that formats cannot hold."""
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise InputError(
+            f"{path} is {w.dtype}, and formats hold floats: leave it out with "
+            f'Rule(path_glob="{path}", weight=None, input=None)'
+        )
+
+
+def faked_leaf(path: str, choice: Choice, axes: Axes, stats: Stats | None) -> Fake:
+    """What is done to a parameter and its inputs instead of storing it. Without `stats` the scales
+    of inputs are found in them.
+    """
+    fmt = None if choice.weight is None else find_format(choice.weight)
+    treatment = _treatment(path, choice, axes, stats, needed=False)
+    return Fake(columns=axes.contracted, stack=axes.stack, format=fmt, treatment=treatment)
+
+
+def known_amax(stats: Stats | None, path: str, what: str) -> np.ndarray:
+    """The amax of `what` at `path`. Raises InputError if the statistics do not have it."""
+    told = f"{path}: {what} have a stored scale, which needs statistics"
+    if stats is None:
+        raise InputError(
+            f"{told}: give stats=jqx.calibrate(apply_fn, params, batches, cfg) with this cfg"
+        )
+    found = stats.entries.get(path, {}).get("amax")
+    if found is None:
+        raise InputError(f"{told}, and stats have no amax of them: calibrate with this cfg")
+    if isinstance(found, Tracer):
+        raise InputError(f"{told} that are known: close over stats, and trace params alone")
+    return np.asarray(found, np.float32)
+
+
+def _treatment(
+    path: str, choice: Choice, axes: Axes, stats: Stats | None, needed: bool
+) -> Treatment | None:
+    """How the inputs of a parameter are quantized, None if they are not. `needed`: whether a scale
+    that is stored must be known.
+    """
+    if choice.input is None:
+        return None
+    row, scale = INPUT_FORMATS[choice.input], None
+    if row.bound is not None and (needed or stats is not None):
+        amax = known_amax(stats, path, f"inputs in {choice.input}")
+        lead = tuple(axes.shape[a] for a in axes.stack)
+        flat = [input_scale(a, row.bound, path, row.code_max) for a in amax.reshape(-1)]
+        if len(flat) != np.prod(lead, dtype=int):
+            raise InputError(
+                f"{path} has members {lead} along its stack axes {axes.stack}, and stats have "
+                f"{amax.shape}: calibrate the function whose axes these are"
+            )
+        scale = jnp.asarray(np.array(flat, np.float32).reshape(lead))
+    return Treatment(
+        shape=axes.shape,
+        columns=axes.contracted,
+        stack=axes.stack,
+        input_format=choice.input,
+        input_scale=scale,
+    )
+
+
+def _for_any_fold(w: jax.Array) -> jax.Array:
+    """`w` where it is, on a mesh without explicit axes: those let some axes not be folded."""
+    if not isinstance(w.sharding, NamedSharding):
+        return w
+    mesh, auto = w.sharding.mesh, (AxisType.Auto,) * len(w.sharding.mesh.axis_names)
+    free = Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
+    return jax.device_put(w, NamedSharding(free, w.sharding.spec))
+
+
+def _placed(q: QTensor, w: jax.Array, on_cpu: bool) -> QTensor:
+    """A stored parameter where `w` is."""
+    if isinstance(w.sharding, NamedSharding):
+        return jax.device_put(q, q.shardings(w.sharding))
+    if w.committed:
+        return jax.device_put(q, w.sharding)
+    # whatever it meets decides where it is computed with, as for `w`
+    return q if on_cpu else jax.tree.map(jnp.asarray, jax.device_get(q))
+
+
+@partial(jax.jit, static_argnames=("fmt", "layout", "algorithm"))
+def _encode(w: Any, fmt: str, layout: Layout, algorithm: str) -> tuple[QTensor, Any]:
+    """The stored form, and whether all numbers are finite."""
+    matrices = to_matrices(w, layout)
+    one = lambda m: ALGORITHMS[algorithm](m, find_format(fmt), LinearStats())  # noqa: E731
+    for _ in matrices.shape[:-2]:
+        one = jax.vmap(one)
+    return one(matrices).replace(layout=layout, dtype=w.dtype), jnp.isfinite(w).all()
