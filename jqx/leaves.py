@@ -3,6 +3,7 @@
 stands for it, and how its inputs are quantized.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -47,17 +48,16 @@ def stored_leaf(
         "input_scale": None if treatment is None else treatment.input_scale,
         "input_format": choice.input,
     }
+    w = jax.device_put(w)  # a tracer where something is traced
     if isinstance(w, Tracer):
         return encode(w)[0].replace(**fields)
-    w = jnp.asarray(w)
-    on_cpu = {device.platform for device in w.devices()} == {"cpu"}
-    q, finite = encode(_for_any_fold(w) if on_cpu else jax.device_put(w, jax.devices("cpu")[0]))
+    q, finite = _on_cpu(encode, w)
     if not finite:
         raise InputError(
             f"{path} has NaN or infinite values, and no scale covers them: look at where the "
             "parameters come from"
         )
-    return _placed(q.replace(**fields), w, on_cpu)
+    return _placed(q.replace(**fields), w)
 
 
 def check_floats(path: str, w: Any) -> None:
@@ -121,23 +121,32 @@ def _treatment(
     )
 
 
-def _for_any_fold(w: jax.Array) -> jax.Array:
-    """`w` where it is, on a mesh without explicit axes: those let some axes not be folded."""
+def _on_cpu(encode: Callable[[jax.Array], Any], w: jax.Array) -> Any:
+    """`encode(w)`, computed on a CPU, and on several devices of that kind where `w` is."""
+    if not _is_on_cpu(w):
+        return encode(jax.device_put(w, jax.devices("cpu")[0]))
     if not isinstance(w.sharding, NamedSharding):
-        return w
+        return encode(w)
     mesh, auto = w.sharding.mesh, (AxisType.Auto,) * len(w.sharding.mesh.axis_names)
+    assert mesh.devices is not None  # of an array that is there
+    # explicit axes of a mesh let some axes of an array not be folded
     free = Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
-    return jax.device_put(w, NamedSharding(free, w.sharding.spec))
+    with jax.set_mesh(free):
+        return encode(jax.device_put(w, NamedSharding(free, w.sharding.spec)))
 
 
-def _placed(q: QTensor, w: jax.Array, on_cpu: bool) -> QTensor:
+def _is_on_cpu(w: jax.Array) -> bool:
+    return {device.platform for device in w.devices()} == {"cpu"}
+
+
+def _placed(q: QTensor, w: jax.Array) -> QTensor:
     """A stored parameter where `w` is."""
     if isinstance(w.sharding, NamedSharding):
         return jax.device_put(q, q.shardings(w.sharding))
     if w.committed:
         return jax.device_put(q, w.sharding)
     # whatever it meets decides where it is computed with, as for `w`
-    return q if on_cpu else jax.tree.map(jnp.asarray, jax.device_get(q))
+    return q if _is_on_cpu(w) else jax.tree.map(jnp.asarray, jax.device_get(q))
 
 
 @partial(jax.jit, static_argnames=("fmt", "layout", "algorithm"))

@@ -60,7 +60,7 @@ def test_activations_that_no_scale_covers(value):
 
 def test_the_kind_of_statistics():
     told = "^unknown kind of statistic to collect: 'amx'; did you mean amax"
-    refused(lambda: calibrate(kinds_of_statistics=("amx",)), told)
+    refused(lambda: calibrate(statistics=("amx",)), told)
 
 
 # --- parameters

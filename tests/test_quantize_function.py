@@ -112,6 +112,7 @@ def test_inside_jit_and_of_shapes_alone():
     want = jqx.quantize(MODEL, "nvfp4", stats)
     quantize = lambda p: jqx.quantize(p, "nvfp4", stats)  # noqa: E731
     same(jax.jit(quantize)(MODEL), want)
+    same(jax.jit(lambda: quantize(MODEL))(), want)
     shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
     assert jax.eval_shape(quantize, shapes(MODEL)) == shapes(want)
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every construct and every kind of model: seen, counted, rounded and differentiated as by hand."""
+"""Every construct: seen, counted, rounded and differentiated as by hand."""
 
 import pytest
+import zoo_sharded
+from devices import run_on_devices
 from zoo_checks import CHECKS
 from zoo_constructs import CASES
 
@@ -12,5 +14,12 @@ def case(request):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_zoo(case, check):
+def test_constructs(case, check):
     CHECKS[check](case)
+
+
+def test_constructs_on_several_devices():
+    run_on_devices(
+        zoo_sharded.DEVICES,
+        "import zoo_checks, zoo_sharded\nzoo_checks.check_all(zoo_sharded.CASES)",
+    )

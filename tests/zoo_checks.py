@@ -69,7 +69,7 @@ def config(case: Case, fmt: str) -> QuantConfig:
 @lru_cache(maxsize=1)
 def calibrated(case: Case) -> jqx.Stats:
     batches = [case.args, other_batch(case)]
-    return jqx.calibrate(case.f, case.params, batches, kinds_of_statistics=KINDS)
+    return jqx.calibrate(case.f, case.params, batches, statistics=KINDS)
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,14 @@ the case.
 
 import zoo_control
 import zoo_loops
+import zoo_parts
 import zoo_products
 import zoo_views
 
-CASES = {**zoo_products.CASES, **zoo_views.CASES, **zoo_loops.CASES, **zoo_control.CASES}
+CASES = {
+    **zoo_products.CASES,
+    **zoo_views.CASES,
+    **zoo_parts.CASES,
+    **zoo_loops.CASES,
+    **zoo_control.CASES,
+}

@@ -198,6 +198,7 @@ def experts() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "branches": branches,
     "nested jit": lambda: one(jax.jit(linear)),
+    "nested jit that closes over": lambda: one(lambda w, x: jax.jit(lambda x: linear(w, x))(x)),
     "remat": lambda: one(jax.checkpoint(linear)),
     "a custom jvp": lambda: one(with_custom_jvp(linear), differentiable=False),
     "a custom vjp": lambda: one(with_custom_vjp(linear), differentiable=False),

@@ -206,7 +206,7 @@ def scanned():
     contracted = {f"layers.{k}": tuple(a + 1 for a in v) for k, v in BLOCK.items()}
     return linen(
         Scanned(),
-        Draws()(2, 5, D),
+        Draws(2)(2, 5, D),
         by_hand=scanned_by_hand,
         eager=False,
         contracted=contracted,

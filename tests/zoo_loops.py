@@ -137,6 +137,11 @@ def counted(w, x):
     return lax.while_loop(lambda state: state[0] < 2, body, (jnp.int32(0), x))[1]
 
 
+def again_and_again(w, x):
+    """Layers that are scanned, all of them twice."""
+    return lax.fori_loop(0, jnp.int32(2), lambda _, h: lax.scan(layer, h, w)[0], x)
+
+
 def in_a_recurrence(w, x):
     return lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, length=2)[0]
 
@@ -242,6 +247,9 @@ CASES: dict[str, Callable[[], Case]] = {
         probed=False,
     ),
     "layers scanned": lambda: scanned(lambda w, x: lax.scan(layer, x, w)[0]),
+    "layers scanned in a while loop": lambda: scanned(
+        again_and_again, order=(0, 1, 0, 1), differentiable=False, probed=False, rtol=3e-5
+    ),
     "layers scanned backwards": lambda: scanned(
         lambda w, x: lax.scan(layer, x, w, reverse=True)[0], order=(1, 0)
     ),

@@ -120,17 +120,19 @@ def ragged() -> Case:
     draw = Draws()
 
     def f(p, x, sizes):
-        return lax.ragged_dot(jnp.tanh(lax.ragged_dot(x, p["a"], sizes)), p["b"], sizes)
+        x = jnp.tanh(lax.ragged_dot(x, p["a"], sizes))
+        return lax.ragged_dot(x, jnp.swapaxes(p["b"], 1, 2), sizes)
 
     def by_hand(p, args, at):
-        return _in_groups("b", jnp.tanh(_in_groups("a", args[0], p["a"], at)), p["b"], at)
+        x = jnp.tanh(_in_groups("a", args[0], p["a"], at))
+        return _in_groups("b", x, jnp.swapaxes(p["b"], 1, 2), at)
 
     return Case(
         f=f,
-        params={"a": draw.weight(4, D, D), "b": draw.weight(4, D, N)},
+        params={"a": draw.weight(4, D, D), "b": draw.weight(4, N, D)},
         args=(draw(11, D), jnp.array(SIZES)),
         by_hand=by_hand,
-        contracted={"a": (1,), "b": (1,)},
+        contracted={"a": (1,), "b": (2,)},
         stack={"a": (0,), "b": (0,)},
     )
 

@@ -78,87 +78,6 @@ def broadcast() -> Case:
     return Case(f=f, params=params, args=args, by_hand=by_hand, contracted={"w": (0,)})
 
 
-def fused(cut: Callable[[Any], tuple[Any, Any, Any]]) -> Case:
-    """Queries, keys and values in one matrix, whose rows are cut apart."""
-    draw = Draws()
-
-    def f(p, x):
-        q, k, v = cut(p["qkv"])
-        return jnp.tanh(x @ q.T) * (x @ k.T) + x @ v.T
-
-    def by_hand(p, args, at):
-        starts = (0, 8, 16)
-        q, k, v = (
-            at.product("qkv", *args, p["qkv"][start : start + 8].T, use=i)
-            for i, start in enumerate(starts)
-        )
-        return jnp.tanh(q) * k + v
-
-    params = {"qkv": draw.weight(24, D)}
-    return Case(f=f, params=params, args=(draw(*X),), by_hand=by_hand, contracted={"qkv": (1,)})
-
-
-def some_channels() -> Case:
-    """Two parts of the channels are multiplied apart, with one and the same input scale."""
-    draw = Draws()
-
-    def f(p, x):
-        return x[:, :8] @ p["w"][:8] + jnp.tanh(x)[:, 8:] @ lax.slice_in_dim(p["w"], 8, D)
-
-    def by_hand(p, args, at):
-        (x,) = args
-        a = at.input("w", x[:, :8], channels=(0, D)) @ p["w"][:8]
-        b = at.input("w", jnp.tanh(x)[:, 8:], channels=(8, D)) @ p["w"][8:]
-        return at.output("w", a) + at.output("w", b, use=1)
-
-    return Case(
-        f=f,
-        params={"w": draw.weight(D, N)},
-        args=(draw(*X),),
-        by_hand=by_hand,
-        contracted={"w": (0,)},
-        dynamic=None,
-    )
-
-
-def layers(pick: Callable[[Any, int], Any], axis: int = 0) -> Case:
-    """A stack whose members are picked one by one."""
-    draw = Draws()
-    shape = [D, D]
-    shape.insert(axis, 2)
-
-    def f(p, x):
-        for i in range(2):
-            x = jnp.tanh(x @ pick(p["w"], i))
-        return x
-
-    def by_hand(p, args, at):
-        (x,) = args
-        for i in range(2):
-            x = jnp.tanh(at.product("w", x, jnp.moveaxis(p["w"], axis, 0)[i], (i,), use=i))
-        return x
-
-    return Case(
-        f=f,
-        params={"w": draw.weight(*shape)},
-        args=(draw(*X),),
-        by_hand=by_hand,
-        contracted={"w": (1 if axis == 0 else 0,)},
-        stack={"w": (axis,)},
-    )
-
-
-def unstacked() -> Case:
-    case = layers(lambda w, i: w[i])
-
-    def f(p, x):
-        for w in lax.unstack(p["w"]):
-            x = jnp.tanh(x @ w)
-        return x
-
-    return replace(case, f=f)
-
-
 def several(
     join: Callable[[list[Any]], Any], multiply: Callable[[Any, Any], Any], sizes: tuple[int, ...]
 ) -> Callable[[], Case]:
@@ -240,22 +159,13 @@ CASES: dict[str, Callable[[], Case]] = {
     "sharded": through(placed),
     "sharded anew": lambda: linear(resharded),
     "put on a device": through(lambda w: jax.device_put(w, jax.devices()[0])),
-    "rows cut by slices": lambda: fused(lambda w: (w[:8], w[8:16], w[16:])),
-    "rows split": lambda: fused(lambda w: jnp.split(w, 3)),
-    "rows taken at a traced place": lambda: fused(
-        lambda w: tuple(
-            lax.dynamic_slice(w, (i, jnp.int32(0)), (8, D)) for i in jnp.arange(0, 24, 8)
-        )
-    ),
     "every other row": through(
         lambda w: w[::2].T, 2 * N, D, columns=(1,), matrix=lambda w: w[::2].T
     ),
-    "some channels": some_channels,
-    "layers by number": lambda: layers(lambda w, i: w[i]),
-    "layers along the middle axis": lambda: layers(lambda w, i: w[:, i], axis=1),
-    "layers by a traced number": lambda: layers(lambda w, i: w[jnp.int32(i)]),
-    "layers taken": lambda: layers(lambda w, i: jnp.take(w, jnp.int32(i), axis=0)),
-    "layers unstacked": unstacked,
+    "rows repeated": through(
+        lambda w: jnp.repeat(w.reshape(D, 4, 4), 2, axis=1).reshape(D, 2 * N),
+        matrix=lambda w: jnp.repeat(w.reshape(D, 4, 4), 2, axis=1).reshape(D, 2 * N),
+    ),
     "side by side": several(partial(jnp.concatenate, axis=1), jnp.matmul, (8, 16, 8)),
     "side by side and turned": several(
         lambda ws: jnp.concatenate([w.T for w in ws]).T, jnp.matmul, (8, 16, 8)

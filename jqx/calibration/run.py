@@ -33,13 +33,13 @@ def calibrate(
     params: Any,
     batches: Iterable[Any],
     cfg: QuantConfig | str | None = None,
-    kinds_of_statistics: Sequence[str] | None = None,
+    statistics: Sequence[str] | None = None,
 ) -> Stats:
     """Statistics of what the parameters of `apply_fn(params, *batch)` are multiplied with.
 
     `batches`: any iterable; each is a tuple of arguments, and anything else is one argument. What
     is collected follows from `cfg`: the amax of the inputs to which it gives a stored scale, and of
-    keys and values. None: the amax of everything that is met. `kinds_of_statistics` are the rows of
+    keys and values. None: the amax of everything that is met. `statistics` are the rows of
     `jqx.tensors.stats.KINDS` to collect instead: "amax", "channel_amax", "tokens".
 
     Statistics of a stack (layers that are scanned or indexed, experts) have an entry a member.
@@ -52,15 +52,15 @@ def calibrate(
     batch).
     """
     config = None if cfg is None else config_of(cfg)
-    kinds_of_statistics = _known_kinds(kinds_of_statistics)
+    statistics = _known_kinds(statistics)
     first, batches = _first(batches)
     with _naming(0, first):
         seen = record(apply_fn, params, first)
     found = axes_from(seen, {n: tuple(x.shape) for n, x in named_arrays(params).items()})
     names = names_of(seen)
     wanted = _wanted(config, found, names)
-    if kinds_of_statistics is not None:
-        wanted = {path: tuple(kinds_of_statistics) for path in wanted}
+    if statistics is not None:
+        wanted = {path: tuple(statistics) for path in wanted}
     entries, bad = _accumulated(apply_fn, params, batches, wanted)
     _check_finite({use.path: bad[use.path] for use in seen.uses if use.path in bad})
     axes = {path: asdict(a) for path, a in found.items()}
@@ -68,14 +68,14 @@ def calibrate(
     return Stats.of(entries, axes=axes, names=names, untracked=untracked)
 
 
-def _known_kinds(kinds_of_statistics: Sequence[str] | None) -> Sequence[str] | None:
+def _known_kinds(statistics: Sequence[str] | None) -> Sequence[str] | None:
     """The kinds of statistics that are asked for, all of which there are."""
-    if isinstance(kinds_of_statistics, str):
-        kinds_of_statistics = (kinds_of_statistics,)
-    for kind in kinds_of_statistics or ():
+    if isinstance(statistics, str):
+        statistics = (statistics,)
+    for kind in statistics or ():
         if kind not in REDUCTIONS:
             raise nearest(kind, REDUCTIONS, "kind of statistic to collect:")
-    return kinds_of_statistics
+    return statistics
 
 
 def _first(batches: Iterable[Any]) -> tuple[tuple[Any, ...], Iterable[tuple[Any, ...]]]:
@@ -143,10 +143,12 @@ def _accumulated(
             )
         static = tuple(str(x) for x in jax.tree.leaves(batch) if not hasattr(x, "shape"))
         if static not in steps:
-            steps[static] = _step(_reduced(apply_fn, with_params, with_batch, wanted))
+            # jitted, so that what `_start` has traced the step finds traced
+            reduced = jax.jit(_reduced(apply_fn, with_params, with_batch, wanted))
+            steps[static] = _step(reduced)
+            with _naming(index, batch):
+                total = _start(reduced, mine, arrays) if total is None else total
         with _naming(index, batch):
-            if total is None:
-                total = _start(_reduced(apply_fn, with_params, with_batch, wanted), mine, arrays)
             total = steps[static](total, mine, arrays, index)
     return total
 

@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from jqx.tensors import QTensor
 
+from .entries import vary, varying
+
 
 def dense(data: Any) -> Any:
     """The array that is, or is stored in, `data`."""
@@ -25,7 +27,7 @@ def decoded_after(latest: Any, data: Any) -> Any:
     hold them. It drops optimization barriers before that, so what orders it is a case that never
     comes.
     """
-    if latest is None or not isinstance(data, QTensor):
+    if latest is None or not isinstance(data, QTensor) or _cut(latest, data):
         return dense(data)
     name = "scale" if data.tensor_scale is None else "tensor_scale"
     scale = getattr(data, name)
@@ -37,11 +39,21 @@ def decoded_after(latest: Any, data: Any) -> Any:
 def _never(x: Float[Array, "..."]) -> Bool[Array, ""]:
     """False, which a CPU does not know before it has `x`."""
     return lax.platform_dependent(
-        x, cpu=lambda x: jnp.any(x > jnp.inf), default=lambda x: jnp.bool(False)
+        x,
+        cpu=lambda x: x.reshape(-1)[0] > jnp.inf,
+        default=lambda x: vary(jnp.bool(False), varying(x)),
     )
 
 
 @_never.def_vmap
 def _never_in_a_batch(size: int, batched: Sequence[bool], x: jax.Array) -> tuple[jax.Array, bool]:
     """Not one for every example, or each would decode the weights."""
-    return _never(x), False
+    return _never(x[0]), False
+
+
+def _cut(x: Any, q: QTensor) -> bool:
+    """Whether the types say that devices have parts of `x`, and all the same of the array: it has
+    no first number then, or one that would make the array differ, too.
+    """
+    own = frozenset().union(*map(varying, jax.tree.leaves((q.codes, q.scale, q.tensor_scale))))
+    return any(jax.typeof(x).sharding.spec) or not varying(x) <= own

@@ -180,7 +180,7 @@ def _chosen(treatment: Treatment, met: Met, what: Any, sizes: tuple[int, ...]) -
     for axis in treatment.stack:
         one = met_at.get(axis)  # none for an axis of a single member
         at.append(0 if one is None else _places(one, met, sizes))
-    return what[tuple(at)]
+    return jnp.broadcast_to(what[tuple(at)], (*sizes, *what.shape[len(treatment.stack) :]))
 
 
 def _places(one: Members, met: Met, sizes: tuple[int, ...]) -> Any:
@@ -212,8 +212,8 @@ def _check_use(treatment: Treatment, met: Met) -> None:
             f"and it is summed over the axes {use.weight_axes}, {over} inputs at once: store it "
             "along those"
         )
-    stack = tuple(a for a in treatment.stack if shape[a] > 1)
-    if treatment.by_member and use.stack_axes != stack:
+    meant, used = ([a for a in axes if shape[a] > 1] for axes in (treatment.stack, use.stack_axes))
+    if treatment.by_member and used != meant:
         raise InputError(
             f"{use.path} is a stack {shape} whose members scale their inputs, and it is used as a "
             "whole or rearranged first: scan over it, or keep its members apart"

@@ -91,8 +91,9 @@ def _is_stored(x: Any) -> bool:
 
 
 def _abstract(q: QTensor) -> jax.ShapeDtypeStruct:
-    """The array it stands for; its sharding is a part of its type on a mesh with explicit axes."""
-    if AxisType.Explicit in (jax.typeof(q.codes).sharding.mesh.axis_types or ()):
+    """The array it stands for, with all that types tell on a mesh with explicit or manual axes."""
+    kinds = set(jax.typeof(q.codes).sharding.mesh.axis_types or ())
+    if kinds & {AxisType.Explicit, AxisType.Manual}:
         return jax.eval_shape(QTensor.decode, q)
     return jax.ShapeDtypeStruct(q.shape, q.dtype)
 
