@@ -125,6 +125,24 @@ def test_every_row_meets_the_same_stored_expert():
     )
 
 
+ONE = {
+    "scan": (lambda w, x: lax.scan(step, x, w)[0], (4, K)),
+    "batch": (lambda w, x: jnp.einsum("ebk,ekn->ebn", x, w), (1, 4, K)),
+    "ragged": (lambda w, x: lax.ragged_dot(x, w, jnp.full(1, 4, jnp.int32)), (4, K)),
+}
+
+
+@pytest.mark.parametrize(("f", "shape"), ONE.values(), ids=ONE)
+def test_a_stack_of_one_member(f, shape):
+    w, x = draw(1, K, K) / 4, draw(*shape)
+    q = quantized(f, w, x)
+    assert q.input_scale.size == 1
+    scale = np.asarray(q.input_scale).reshape(())
+    y = reference.activation(np.asarray(x), "fp8", scale) @ np.asarray(DECODE(q))[0]
+    want = np.tanh(y) if f is ONE["scan"][0] else y
+    np.testing.assert_allclose(jax.jit(jqx.quantized(f))(q, x), want, rtol=1e-4, atol=1e-4)
+
+
 # --- gradients, adapters, optimizers
 
 
