@@ -17,6 +17,8 @@ import jqx
 MESH = Mesh(
     np.array(jax.devices()).reshape(2, 2), ("data", "model"), axis_types=(AxisType.KIND,) * 2
 )
+if "KIND" == "Explicit":
+    jax.set_mesh(MESH)
 CFG = config(weight="nvfp4", input="fp8")
 together = lambda y: lax.psum(y, "model")
 heads = lambda w, x: jnp.einsum("bhk,hkn->bn", x, w)

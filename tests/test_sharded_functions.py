@@ -158,6 +158,21 @@ print("done")
 """
 
 
+# every expert has the scale of its inputs, which lies where the expert does
+EXPERTS = """
+f = lambda w, x: jnp.einsum("ebk,ekn->ebn", x, w)
+cfg, w, x = config(weight="nvfp4", input="fp8"), draw(4, 32, 16), draw(4, 6, 32)
+stats = jqx.calibrate(f, w, [x], cfg)
+want = jax.jit(jqx.quantized(f))(jqx.quantize(w, cfg, stats), x)
+w, x = (jax.device_put(a, on(s)) for a, s in ((w, P("model")), (x, P("model", "data"))))
+q = jqx.quantize(w, cfg, stats)
+assert q.input_scale.sharding.spec == P("model")
+for got in (jax.jit(jqx.quantized(f))(q, x), jax.jit(jqx.fake_quantized(f, cfg, stats))(w, x)):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+print("done")
+"""
+
+
 def done(script: str, kind: str = "Auto") -> None:
     assert run_on_devices(4, HEAD.replace("KIND", kind) + script).strip().endswith("done")
 
@@ -178,3 +193,8 @@ def test_pieces_of_stored_weights_in_shard_map():
 
 def test_donated_and_saved_where_it_lies():
     done(DONATED_AND_SAVED)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_experts_have_the_scales_of_their_inputs_beside_them(kind):
+    done(EXPERTS, kind)

@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jqx.errors import InputError
 from jqx.tensors import QTensor
 
 from .decoding import dense
-from .entries import across, nothing
+from .entries import across, everywhere, nothing
 from .interpret import Rule, Value, Walk, evaluate, names_inside, plain
 from .views import ACTIVATION, CONSTANT, Origin, View, derived, viewed
 
@@ -214,21 +214,13 @@ def shard_map(walk: Walk, eqn: Any, ins: list[Value]) -> list[Value]:
         axis_names=set(names),
         check_vma=checked,
     )
-    everywhere = jax.tree.map(_unsharded, dict(walk.beside))
-    outs, found = own(everywhere, *(dense(v.data) for v in ins))
+    known = jax.tree.map(everywhere, dict(walk.beside))
+    outs, found = own(known, *(dense(v.data) for v in ins))
     keep_all(walk, found)
     return [
         Value(x, derived([o], x.shape) if o.paths else Origin(active=o.active))
         for x, o in zip(outs, origins, strict=True)
     ]
-
-
-def _unsharded(x: Any) -> Any:
-    """`x`, the same on every device of a mesh with explicit axes."""
-    mesh = jax.typeof(x).sharding.mesh
-    if AxisType.Explicit not in (mesh.axis_types or ()):
-        return x
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def _local(origin: Origin, spec: Any, mesh: Any) -> Origin:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jqx.errors import InputError
 
@@ -117,3 +118,20 @@ def vary(x: Any, names: frozenset[str]) -> Any:
     """`x`, typed as differing along these mesh axes."""
     more = tuple(names - varying(x))
     return lax.pcast(x, more, to="varying") if more else x
+
+
+def everywhere(x: Any) -> Any:
+    """`x`, the same on every device of a mesh with explicit axes."""
+    return _resharded(x, jax.typeof(x).sharding.mesh)
+
+
+def beside(x: Any, what: Any) -> Any:
+    """`what`, its first axis on a mesh with explicit axes as that of `x` is."""
+    sharding = jax.typeof(x).sharding
+    return _resharded(what, sharding.mesh, *sharding.spec[:1])
+
+
+def _resharded(x: Any, mesh: Any, *spec: Any) -> Any:
+    if AxisType.Explicit not in (mesh.axis_types or ()):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))

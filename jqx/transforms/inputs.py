@@ -16,6 +16,7 @@ from jqx.errors import InputError, nearest
 from jqx.formats import FORMATS
 from jqx.tensors import QTensor
 
+from .entries import beside, everywhere
 from .interpret import Met, Record
 from .placing import Members, back, by_member, members, pieces_of, places
 from .stored import block_of, fake_input
@@ -131,8 +132,9 @@ def _each(
     if factor is not None:
         factor = _chosen(treatment, met, factor, sizes)
         factor = factor.reshape(*own, factor.shape[-1])
+        factor = beside(x, factor) if own else factor
     if scale is not None and own:
-        scale = scale.reshape(own)
+        scale = beside(x, scale.reshape(own))
     if not own:
         return _one(treatment, x, factor, scale)
     return jax.vmap(partial(_one, treatment))(x, factor, scale)
@@ -175,6 +177,7 @@ def _chosen(treatment: Treatment, met: Met, what: Any, sizes: tuple[int, ...]) -
         return what
     if not treatment.by_member:
         return what[(0,) * len(treatment.stack)]
+    what = everywhere(what)
     met_at = {m.axis: m for m in members(met)}
     at: list[Any] = []
     for axis in treatment.stack:
