@@ -64,7 +64,7 @@ def quantize(
     seen = _seen(arrays, stats, axes)
     chosen = choose(config, seen, stats.meta.get("names", ()) if stats else ())
     found = {
-        path: stored_leaf(path, arrays[path], choice, seen[path], config.algorithm, stats)
+        path: stored_leaf(path, arrays[path], choice, seen[path], config.steps, stats)
         for path, choice in chosen.items()
     }
     return structure.unflatten([found.get(path, x) for path, x in leaves])

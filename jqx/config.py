@@ -47,12 +47,39 @@ class Rule:
     kind: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """One step of choosing scales: a row of ALGORITHMS, and the parameters that differ from its
+    defaults, sorted by name.
+    """
+
+    method: str
+    params: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, method: str, **params: Any) -> "Algorithm":
+        """The step `method` with these parameters."""
+        return cls(method, tuple(sorted(params.items())))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
-    """Ordered rules, and the algorithm that chooses the scales; None collects nothing."""
+    """Ordered rules, and the algorithm that chooses the scales: a name, a step, or steps that run
+    in turn; None collects nothing.
+    """
 
     rules: tuple[Rule, ...]
-    algorithm: str | None = "max"
+    algorithm: str | Algorithm | tuple[Algorithm, ...] | None = "max"
+
+    @property
+    def steps(self) -> tuple[Algorithm, ...]:
+        """The steps in their order; none where nothing is collected."""
+        given = self.algorithm
+        if given is None:
+            return ()
+        if isinstance(given, str):
+            return (Algorithm(given),)
+        return (given,) if isinstance(given, Algorithm) else given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,9 +13,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jqx.algorithms import ALGORITHMS, LinearStats
+from jqx.algorithms import Linear, calibrated, stored
 from jqx.calibration import input_scale
-from jqx.config import INPUT_FORMATS, Choice
+from jqx.config import INPUT_FORMATS, Algorithm, Choice
 from jqx.errors import InputError
 from jqx.formats import find_format
 from jqx.tensors import QTensor, Stats
@@ -26,7 +26,12 @@ from jqx.transforms.inputs import Treatment
 
 
 def stored_leaf(
-    path: str, w: Any, choice: Choice, axes: Axes, algorithm: str | None, stats: Stats | None
+    path: str,
+    w: Any,
+    choice: Choice,
+    axes: Axes,
+    steps: tuple[Algorithm, ...],
+    stats: Stats | None,
 ) -> QTensor:
     """The parameter `w` at `path` as a QTensor, on its devices and sharded as it is.
 
@@ -43,7 +48,7 @@ def stored_leaf(
     check_floats(path, w)
     treatment = _treatment(path, choice, axes, stats, needed=True)
     layout = layout_of(axes.shape, axes.contracted, axes.stack)
-    encode = partial(_encode, fmt=choice.weight, layout=layout, algorithm=algorithm or "max")
+    encode = partial(_encode, fmt=choice.weight, layout=layout, steps=steps)
     fields = {
         "input_scale": None if treatment is None else treatment.input_scale,
         "input_format": choice.input,
@@ -149,11 +154,11 @@ def _placed(q: QTensor, w: jax.Array) -> QTensor:
     return q if _is_on_cpu(w) else jax.tree.map(jnp.asarray, jax.device_get(q))
 
 
-@partial(jax.jit, static_argnames=("fmt", "layout", "algorithm"))
-def _encode(w: Any, fmt: str, layout: Layout, algorithm: str) -> tuple[QTensor, Any]:
+@partial(jax.jit, static_argnames=("fmt", "layout", "steps"))
+def _encode(w: Any, fmt: str, layout: Layout, steps: tuple[Algorithm, ...]) -> tuple[QTensor, Any]:
     """The stored form, and whether all numbers are finite."""
-    matrices = to_matrices(w, layout)
-    one = lambda m: ALGORITHMS[algorithm](m, find_format(fmt), LinearStats())  # noqa: E731
+    matrices, row = to_matrices(w, layout), find_format(fmt)
+    one = lambda m: stored(calibrated(Linear(m), {}, fmt=row, steps=steps), row)  # noqa: E731
     for _ in matrices.shape[:-2]:
         one = jax.vmap(one)
     return one(matrices).replace(layout=layout, dtype=w.dtype), jnp.isfinite(w).all()

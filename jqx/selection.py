@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from .algorithms import ALGORITHMS
+from .algorithms.table import params_of
 from .config import (
     INPUT_FORMATS,
     KEEP,
@@ -23,7 +23,7 @@ from .config import (
     covers,
     resolve,
 )
-from .errors import InputError, nearest
+from .errors import InputError
 from .formats import FORMATS, find_format
 from .recipes import RECIPES, find_recipe
 from .transforms import Axes
@@ -59,8 +59,8 @@ def config_of(cfg: QuantConfig | str) -> QuantConfig:
         if not isinstance(rule, Rule):
             raise InputError(f"{rule!r} among the rules is no Rule: write Rule(path_glob=...)")
         check_names(rule)
-    if cfg.algorithm is not None and cfg.algorithm not in ALGORITHMS:
-        raise nearest(cfg.algorithm, ALGORITHMS, "algorithm")
+    for step in cfg.steps:
+        params_of(step)
     return cfg
 
 

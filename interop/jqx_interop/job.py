@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jqx.algorithms import ALGORITHMS
+from jqx.algorithms.table import params_of
 from jqx.config import (
     INPUT_FORMATS,
     KV_FORMATS,
@@ -205,8 +205,8 @@ def apply_options(config: QuantConfig, settings: Settings) -> QuantConfig:
         config = with_block(config, int(value))
     if settings.algorithm is not None:
         config = dataclasses.replace(config, algorithm=settings.algorithm)
-    if config.algorithm is not None and config.algorithm not in ALGORITHMS:
-        raise nearest(str(config.algorithm), ALGORITHMS, "algorithm")
+    for step in config.steps:
+        params_of(step)
     return config
 
 

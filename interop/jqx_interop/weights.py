@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqx.algorithms import ALGORITHMS, LinearStats
+from jqx.algorithms import Linear, calibrated, stored
 from jqx.calibration import input_scale, stored_amax
-from jqx.config import INPUT_FORMATS
+from jqx.config import INPUT_FORMATS, Algorithm
 from jqx.errors import InputError
 from jqx.formats import Format, find_format
 from jqx.tensors import QTensor
@@ -63,26 +63,34 @@ def encode_group(
         shared = [p for p in members if algo and algo.unified and job.choices[p] == choice] or [
             path
         ]
-        stats = LinearStats(amax=max(amax[p] for p in shared), input_scale=None)
+        fmt, scale = find_format(choice.weight or ""), None
         if (bound := input_bound(job.config, choice)) is not None:
             row = INPUT_FORMATS[choice.input or ""]
-            largest = max(input_amax[p] for p in shared)
-            stats = stats._replace(input_scale=input_scale(largest, bound, path, row.code_max))
-        fmt = find_format(choice.weight or "")
-        q = encode_weight(weights[path], fmt, job.config.algorithm or "max", stats)
+            scale = input_scale(max(input_amax[p] for p in shared), bound, path, row.code_max)
+        whole = max(amax[p] for p in shared) if _one_scale(fmt) else None
+        q = encode_weight(weights[path], fmt, job.config.steps, whole).replace(input_scale=scale)
         yield from ((name, np.asarray(array)) for name, array in named(path, q).items())
         job.checkpoint.release(path + ".weight")
 
 
-def encode_weight(w: np.ndarray, fmt: Format, algorithm: str, stats: LinearStats) -> QTensor:
-    """`w` [n, k] stored in `fmt`, computed on the CPU in slices of rows when it is large."""
+def _one_scale(fmt: Format) -> bool:
+    """Whether there is a scale of the whole tensor."""
+    return fmt.tensor_bound is not None or fmt.block == (None, None)
+
+
+def encode_weight(
+    w: np.ndarray, fmt: Format, steps: tuple[Algorithm, ...], whole: np.float32 | None
+) -> QTensor:
+    """`w` [n, k] stored in `fmt`, computed on the CPU in slices of rows when it is large. `whole`:
+    what the scale of the whole tensor reaches.
+    """
     n, k = w.shape
     rows = max(CHUNK // k // 128, 1) * 128
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if n <= rows:
-            return _encode(w, stats, fmt=fmt, algorithm=algorithm)
+            return _encode(w, whole, fmt=fmt, steps=steps)
         parts = [
-            jax.tree.map(np.asarray, _encode(w[i : i + rows], stats, fmt=fmt, algorithm=algorithm))
+            jax.tree.map(np.asarray, _encode(w[i : i + rows], whole, fmt=fmt, steps=steps))
             for i in range(0, n, rows)
         ]
     return jax.tree.map(
@@ -90,6 +98,11 @@ def encode_weight(w: np.ndarray, fmt: Format, algorithm: str, stats: LinearStats
     )
 
 
-@partial(jax.jit, static_argnames=("fmt", "algorithm"))
-def _encode(w: jax.Array, stats: LinearStats, *, fmt: Format, algorithm: str) -> QTensor:
-    return ALGORITHMS[algorithm](w, fmt, stats)
+@partial(jax.jit, static_argnames=("fmt", "steps"))
+def _encode(
+    w: jax.Array, whole: jax.Array | None, *, fmt: Format, steps: tuple[Algorithm, ...]
+) -> QTensor:
+    linear = calibrated(Linear(w), {}, fmt=fmt, steps=steps)
+    two_levels = fmt.tensor_bound is not None
+    field = {"tensor_amax" if two_levels else "amax": None if whole is None else jnp.asarray(whole)}
+    return stored(linear._replace(**field), fmt)

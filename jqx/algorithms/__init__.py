@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ALGORITHMS: how scales are chosen. Each is a pure function (weight, format, statistics) ->
-QTensor, one file each.
+"""ALGORITHMS: how scales are chosen. Each is a pure function (linear, format, statistics,
+parameters) -> linear, one file each.
 """
 
-from .max import LinearStats as LinearStats
-from .max import max_calibrate as max_calibrate
-
-ALGORITHMS = {"max": max_calibrate}
+from .linear import InputStats as InputStats
+from .linear import Linear as Linear
+from .linear import stored as stored
+from .table import ALGORITHMS as ALGORITHMS
+from .table import calibrated as calibrated

@@ -32,19 +32,27 @@ class Encoded(NamedTuple):
     tensor_scale: Float32[Array, ""] | None
 
 
-def encode(w: Float[Array, "n k"], fmt: Format, amax: Float[Array, "..."] | None = None) -> Encoded:
+def encode(
+    w: Float[Array, "n k"],
+    fmt: Format,
+    amax: Float[Array, "..."] | None = None,
+    tensor_amax: Float[Array, ""] | None = None,
+) -> Encoded:
     """Find the codes and scales that store `w` in `fmt`.
 
     `amax` is the magnitude the scales must reach, taken from `w` where None: in the shape of the
-    scales ([] per tensor, [n, 1] per row, [n, k/16]...), and one number for formats of two levels.
-    Larger values saturate. A NaN in `w` becomes any code: refuse it before. Codes are packed; `fmt`
-    is static under jit.
+    scales ([] per tensor, [n, 1] per row, [n, k/16]...). For formats of two levels one number is
+    that of the tensor scale; a grid is what blocks must reach (ModelOpt's static blocks), and
+    `tensor_amax` what the tensor scale must, the largest in the grid where None. Larger values
+    saturate. A NaN in `w` becomes any code: refuse it before. Codes are packed; `fmt` is static
+    under jit.
 
     Raises InputError if the shape does not fit the format (`check_divides`), ValueError if the
     shape of `amax` does not.
     """
     check_divides(fmt, w.shape)
-    codes, scale, tensor_scale = _codes(w, fmt, amax)
+    scales = find_scales(w, fmt, amax, tensor_amax)
+    codes, scale, tensor_scale = _divided(w, fmt, scales), scales.scale, scales.tensor_scale
     # packing reads pairs of codes: fused with the division it would be computed one by one
     packed = PACKINGS[fmt.packing].pack(lax.optimization_barrier(codes))
     return Encoded(
@@ -56,7 +64,7 @@ def _codes(
     w: Float[Array, "n k"], fmt: Format, amax: Float[Array, "..."] | None
 ) -> tuple[UInt8[Array, "n k"], Array, Float32[Array, ""] | None]:
     """The codes of `w`, one a byte, and the stored scales."""
-    scales = find_scales(w, fmt, amax)
+    scales = find_scales(w, fmt, amax, None)
     return _divided(w, fmt, scales), scales.scale, scales.tensor_scale
 
 

@@ -59,7 +59,11 @@ FORMATS = {
         Format("int8", INT8, (1, None)),
         Format("int8_tensor", INT8, (None, None)),
         Format("int4", INT4, (1, 128), packing="rows"),
+        # stored as int4 with a tensor scale beside it, which engines put on an FP8 second stage
+        Format("int4_fp8", INT4, (1, 128), tensor_bound=448.0, packing="rows"),
         Format("nvfp4", E2M1, (1, 16), E4M3, 6.0 * 448.0, packing="columns"),
+        # a block scale may be 448 / 256 of the largest: blocks end at 6 or at 4 (four over six)
+        Format("nvfp4_46", E2M1, (1, 16), E4M3, 6.0 * 256.0, packing="columns"),
         Format("nvfp4_b32", E2M1, (1, 32), E4M3, 6.0 * 448.0, packing="columns"),
         # block scales end at 448 / 6 here: the kernel decodes to e4m3 before it multiplies
         Format("nvfp4_b32_fp8", E2M1, (1, 32), E4M3, 448.0, packing="columns"),

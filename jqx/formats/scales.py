@@ -47,13 +47,18 @@ class Scales(NamedTuple):
     quotient: _Quotient
 
 
-def find_scales(w: Float[Array, "n k"], fmt: Format, amax: Float[Array, "..."] | None) -> Scales:
-    """The scales with which `fmt` stores `w`.
+_Amax = Float32[Array, "..."] | None
 
-    `amax`: for formats of two levels the magnitude the tensor scale must reach, for others one per
-    scale in the shape of the scales; taken from `w` where None.
-    """
-    return _RULES[fmt.scale.name](w, fmt, None if amax is None else amax.astype(jnp.float32))
+
+def find_scales(
+    w: Float[Array, "n k"],
+    fmt: Format,
+    amax: Float[Array, "..."] | None,
+    tensor_amax: Float[Array, ""] | None = None,
+) -> Scales:
+    """The scales with which `fmt` stores `w`; `amax` and `tensor_amax` as in `encode`."""
+    given = [None if a is None else a.astype(jnp.float32) for a in (amax, tensor_amax)]
+    return _RULES[fmt.scale.name](w, fmt, *given)
 
 
 def given_scales(w: Float[Array, "n k"], fmt: Format, scale: Float32[Array, ""]) -> Scales:
@@ -84,14 +89,23 @@ def _stand_in(amax: Float32[Array, "*s"], bound: float) -> Float32[Array, "*s"]:
     return jnp.where((bits(amax) == 0) | jnp.isnan(amax), jnp.float32(bound), amax)
 
 
-def _float32_rule(
-    w: Float[Array, "n k"], fmt: Format, amax: Float32[Array, "..."] | None
-) -> Scales:
+def _float32_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _Amax) -> Scales:
     info = jnp.finfo(_amax_dtype(fmt, w.dtype))
     known = _stand_in(_amax_of_blocks(w, fmt, amax), fmt.element.max)
     known = jnp.clip(known, jnp.float32(info.tiny), jnp.float32(info.max))
     scale = jnp.maximum(divide(known, fmt.element.max), jnp.float32(TINY))
-    return Scales(scale.reshape(grid_shape(fmt, w.shape)), None, lambda x: divide(x, spread(scale)))
+    outer = None if fmt.tensor_bound is None else _outer_scale(w, fmt, amax, tensor_amax)
+    stored = scale.reshape(grid_shape(fmt, w.shape))
+    return Scales(stored, outer, lambda x: divide(x, spread(scale)))
+
+
+def _outer_scale(
+    w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _Amax
+) -> Float32[Array, ""]:
+    """The scale of a second stage, which the codes of the first do not depend on."""
+    assert fmt.tensor_bound is not None
+    whole = jnp.max(block_amax(w, fmt.block)) if tensor_amax is None else tensor_amax
+    return divide(_stand_in(whole, fmt.tensor_bound), fmt.tensor_bound)
 
 
 def _amax_dtype(fmt: Format, dtype: jnp.dtype) -> jnp.dtype:
@@ -103,16 +117,36 @@ def _amax_dtype(fmt: Format, dtype: jnp.dtype) -> jnp.dtype:
     return dtype if whole_row_or_tile else jnp.dtype(jnp.float32)
 
 
-def _e4m3_rule(w: Float[Array, "n k"], fmt: Format, amax: Float32[Array, "..."] | None) -> Scales:
+def _e4m3_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _Amax) -> Scales:
     assert fmt.tensor_bound is not None
+    if amax is not None and amax.shape:
+        return _static_blocks(w, fmt, amax, tensor_amax)
     blocks = block_amax(w, fmt.block)
-    whole = jnp.max(blocks) if amax is None else amax
-    if whole.shape:
-        raise ValueError(
-            f"{fmt.name} takes one amax for the whole matrix, not an array of shape {whole.shape}."
-        )
+    given = tensor_amax if amax is None else amax
+    whole = jnp.max(blocks) if given is None else given
     tensor_scale = divide(_stand_in(whole, fmt.tensor_bound), fmt.tensor_bound)
     return _under(jnp.maximum(tensor_scale, jnp.float32(TINY)), blocks, fmt, least=2.0**-9)
+
+
+def _static_blocks(
+    w: Float[Array, "n k"], fmt: Format, amax: Float32[Array, "..."], tensor_amax: _Amax
+) -> Scales:
+    """Scales of blocks whose amax was chosen: (amax / 6) * M / (tensor amax / 6) in E4M3, where M
+    is the largest scale that is planned for.
+    """
+    assert fmt.tensor_bound is not None
+    if amax.shape != grid_shape(fmt, w.shape):
+        raise ValueError(
+            f"{fmt.name} has scales of shape {grid_shape(fmt, w.shape)} for a matrix {w.shape}, "
+            f"and amax is {amax.shape}."
+        )
+    top = jnp.float32(fmt.tensor_bound / fmt.element.max)
+    whole = _stand_in(jnp.max(amax) if tensor_amax is None else tensor_amax, fmt.tensor_bound)
+    tensor_scale = jnp.maximum(divide(whole, fmt.tensor_bound), jnp.float32(TINY))
+    scale = divide(amax, fmt.element.max)
+    scale = jnp.where(bits(scale) == 0, jnp.float32(1), scale)
+    scale = divide(scale * top, divide(whole, fmt.element.max))
+    return _stored_under(tensor_scale, scale, least=2.0**-9)
 
 
 def _under(
@@ -120,14 +154,20 @@ def _under(
 ) -> Scales:
     """The block scales below a tensor scale, of blocks with these largest magnitudes."""
     scale = divide(blocks, jnp.float32(fmt.element.max) * tensor_scale)
-    scale = jnp.where(bits(blocks) == 0, jnp.float32(1), scale)
+    return _stored_under(tensor_scale, jnp.where(bits(blocks) == 0, jnp.float32(1), scale), least)
+
+
+def _stored_under(
+    tensor_scale: Float32[Array, ""], scale: Float32[Array, "..."], least: float
+) -> Scales:
+    """Block scales between `least` and 448 in E4M3, under a tensor scale."""
     code = e4m3_code(jnp.clip(scale, jnp.float32(least), jnp.float32(448)))
     step = jnp.maximum(e4m3_value(code) * tensor_scale, jnp.float32(TINY))
     stored = lax.bitcast_convert_type(code, jnp.float8_e4m3fn)
     return Scales(stored, tensor_scale, lambda x: divide(x, spread(step)))
 
 
-def _e8m0_rule(w: Float[Array, "n k"], fmt: Format, amax: Float32[Array, "..."] | None) -> Scales:
+def _e8m0_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _Amax) -> Scales:
     code = _ceil_log2(_amax_of_blocks(w, fmt, amax), fmt.element.max)
     inverse = e8m0_value(jnp.uint8(254) - code)
     return Scales(code, None, lambda x: scale_up(x, spread(inverse)))

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a row of ALGORITHMS says."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jqx.formats import Format
+
+from .linear import InputStats, Linear
+
+Run = Callable[[Linear, Format, InputStats, Any], Linear]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlgorithmRow:
+    """One algorithm.
+
+    `params`: a frozen dataclass of its parameters, with their defaults; making one raises
+    InputError for values out of range. `run`: a pure function under jit, with format and parameters
+    static. `needs`: the kinds of statistics of inputs it cannot do without, of linears in this
+    format. `smooths`: whether it may give a pre_quant_scale. `about`: one line for people.
+    """
+
+    name: str
+    run: Run
+    params: type
+    about: str
+    needs: Callable[[Format, Any], tuple[str, ...]] = lambda fmt, params: ()
+    smooths: bool = False
