@@ -16,6 +16,7 @@ from .formats import Format as Format
 from .formats import decode as decode
 from .formats import encode as encode
 from .formats import fake_quantize as fake_quantize
+from .recipes import CONSTANTS, KV_ALIASES, constant
 from .recipes import RECIPES as RECIPES
 from .recipes import Recipe as Recipe
 from .tensors import QTensor as QTensor
@@ -26,3 +27,12 @@ from .transforms import observe as observe
 from .transforms import probe as probe
 from .transforms import probes as probes
 from .transforms import quantized as quantized
+
+
+def __getattr__(name: str) -> QuantConfig:
+    """ModelOpt's constants, such as `jqx.NVFP4_AWQ_LITE_CFG`, as configurations."""
+    return constant(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *CONSTANTS, *KV_ALIASES})

@@ -4,9 +4,10 @@ wins.
 
 A rule's glob is matched (fnmatch, case matters) against the path of a weight,
 `model.layers.3.mlp.up_proj.weight`, or of an attention, `model.layers.3.self_attn`, and against the
-modules it lies in: `model.layers.3.mlp` and `layers/*/attn/q_proj` cover what is inside. Parts are
-divided by dots or slashes. Each field of a rule is a format name, None (leave it alone) or KEEP
-(what an earlier rule said).
+modules it lies in: `model.layers.3.mlp` and `layers/*/attn/q_proj` cover what is inside, and
+`=*.q_proj`, with a = before it, only the module itself. Parts are divided by dots or slashes. Each
+field of a rule is a format name, None (leave it alone), ON (take back None: the format before it)
+or KEEP (what an earlier rule said).
 """
 
 import dataclasses
@@ -21,22 +22,28 @@ from .formats import FORMATS, find_format
 
 
 class Keep(enum.Enum):
-    """The type of KEEP."""
+    """The type of KEEP and ON."""
 
     KEEP = "keep"
+    ON = "on"
 
 
 KEEP = Keep.KEEP
 """Leave this field as an earlier rule set it."""
 
+ON = Keep.ON
+"""The format that an earlier rule gave this field, also where None came after it."""
+
 FIELDS = ("weight", "input", "output", "kv")
+SCALARS = (str, int, float, bool, type(None))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
     """One line of a configuration: which paths, and what happens to each of their quantities.
 
-    `kind` narrows the rule to "linear", "embedding" or "attention"; None means any.
+    `kind` narrows the rule to "linear", "embedding" or "attention"; None means any. `optional`:
+    whether it may match nothing.
     """
 
     path_glob: str = "*"
@@ -45,6 +52,7 @@ class Rule:
     output: str | None | Keep = KEEP
     kv: str | None | Keep = KEEP
     kind: str | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,14 @@ class QuantConfig:
         return (given,) if isinstance(given, Algorithm) else given
 
 
+VARIANTS = {
+    "smooth": "inputs are multiplied by a pre_quant_scale",
+    "awq": "likewise, and it may be folded into the norm before",
+    "svd": "likewise, and a low-rank part is added",
+}
+"""What an algorithm may leave beside codes and scales."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
     """What the rules say about one path."""
@@ -90,6 +106,8 @@ class Choice:
     input: str | None = None
     output: str | None = None
     kv: str | None = None
+    variant: str | None = None
+    """What the algorithm leaves beside the codes, a row of VARIANTS."""
 
     @property
     def static_input(self) -> bool:
@@ -186,22 +204,38 @@ def base_format(name: str) -> str:
     return name if name in FORMATS else name.rpartition("_b")[0]
 
 
-def covers(glob: str, path: str) -> bool:
-    """Whether a rule with this glob is about `path`: it matches the path or a module around it."""
+def covers(glob: str, path: str, kind: str | None = None) -> bool:
+    """Whether a rule with this glob is about `path`: it matches the path or a module around it.
+    After a = it matches the module itself: that of a weight, or for the kind "attention" `path`;
+    one of them where the kind is not known.
+    """
     glob, parts = glob.replace("/", "."), path.split(".")
+    if glob.startswith("="):
+        module = path.rpartition(".")[0]
+        names = {"attention": (path,), None: (path, module)}.get(kind, (module,))
+        return any(fnmatch.fnmatchcase(name, glob[1:]) for name in names)
     return any(fnmatch.fnmatchcase(".".join(parts[:i]), glob) for i in range(len(parts), 0, -1))
+
+
+STORED_BESIDE = {("nvfp4_b32", "fp8"): "nvfp4_b32_fp8"}
+"""Weight format and input format -> how the weight is stored beside such inputs."""
 
 
 def resolve(config: QuantConfig, path: str, kind: str) -> Choice:
     """What `config` says about `path`: each field from the last matching rule that sets it."""
     found: dict[str, Any] = {}
+    off: dict[str, bool] = {}
     for rule in config.rules:
-        if rule.kind in (None, kind) and covers(rule.path_glob, path):
+        if rule.kind in (None, kind) and covers(rule.path_glob, path, kind):
             for field in FIELDS:
                 value = getattr(rule, field)
                 if value is not KEEP:
+                    off[field] = value is None
+                if isinstance(value, str):
                     found[field] = value
-    return Choice(**found)
+    given = {field: value for field, value in found.items() if not off[field]}
+    beside = STORED_BESIDE.get((given.get("weight", ""), given.get("input", "")))
+    return Choice(**(given | {"weight": beside} if beside else given))
 
 
 def with_block(config: QuantConfig, block: int) -> QuantConfig:
@@ -234,42 +268,77 @@ def _vary(name: str, block: int) -> str:
 
 
 def to_json(config: QuantConfig) -> dict[str, Any]:
-    """`config` as plain JSON values; fields that KEEP are left out."""
+    """`config` as plain JSON values; fields that KEEP are left out, ON is true."""
     rules = []
     for rule in config.rules:
         row: dict[str, Any] = {"path_glob": rule.path_glob}
-        row.update({f: getattr(rule, f) for f in FIELDS if getattr(rule, f) is not KEEP})
-        if rule.kind:
-            row["kind"] = rule.kind
+        said = {f: getattr(rule, f) for f in FIELDS if getattr(rule, f) is not KEEP}
+        row.update({f: True if value is ON else value for f, value in said.items()})
+        row.update({f: getattr(rule, f) for f in ("kind", "optional") if getattr(rule, f)})
         rules.append(row)
-    return {"rules": rules, "algorithm": config.algorithm}
+    return {"rules": rules, "algorithm": _plain_algorithm(config.algorithm)}
+
+
+def _plain_algorithm(given: str | Algorithm | tuple[Algorithm, ...] | None) -> Any:
+    if isinstance(given, Algorithm):
+        params = {k: list(v) if isinstance(v, tuple) else v for k, v in given.params}
+        return {"method": given.method, **params}
+    return [_plain_algorithm(step) for step in given] if isinstance(given, tuple) else given
 
 
 def from_json(data: Mapping[str, Any]) -> QuantConfig:
     """The inverse of `to_json`. Raises InputError for a wrong key, with the nearest valid one, and
-    for a value that is no name of what it should be.
+    for a value that is no name of what it should be; methods and their parameters are not looked up
+    (`check_steps`).
     """
-    _only(data, ("rules", "algorithm"), "configuration key")
+    only(data, ("rules", "algorithm"), "configuration key")
     rows = data.get("rules")
     if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
         raise InputError("rules is a list of mappings such as {path_glob: '*mlp*', weight: fp8}")
-    algorithm = data.get("algorithm", "max")
-    if not isinstance(algorithm, str | None):
-        raise InputError(f"algorithm: {algorithm!r} is no name; write one in quotes, or null")
+    algorithm = read_algorithm(data.get("algorithm", "max"))
     return QuantConfig(rules=tuple(_rule(row) for row in rows), algorithm=algorithm)
 
 
+def read_algorithm(data: Any) -> str | Algorithm | tuple[Algorithm, ...] | None:
+    """An algorithm from JSON: a name, {"method": name, parameter: value}, a list of those, or null.
+
+    Raises InputError for anything else.
+    """
+    if isinstance(data, list | tuple):
+        return tuple(_step(step) for step in data)
+    return data if data is None or isinstance(data, str) else _step(data)
+
+
+def _step(data: Any) -> Algorithm:
+    if isinstance(data, str):
+        return Algorithm(data)
+    if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
+        raise InputError(
+            f"algorithm: {data!r} is no name; write one in quotes, {{method: NAME}}, or null"
+        )
+    params = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+    for key, value in params.items():
+        each = value if isinstance(value, tuple) else (value,)
+        if not isinstance(key, str) or not all(isinstance(v, SCALARS) for v in each):
+            raise InputError(f"algorithm {data['method']}: {key!r}: {value!r} is no parameter")
+    return Algorithm(params.pop("method"), tuple(sorted(params.items())))
+
+
 def _rule(row: Mapping[str, Any]) -> Rule:
-    _only(row, tuple(field.name for field in dataclasses.fields(Rule)), "rule key")
-    for field, value in row.items():
-        if not isinstance(value, str) and (value is not None or field == "path_glob"):
+    only(row, tuple(field.name for field in dataclasses.fields(Rule)), "rule key")
+    said = {key: ON if key in FIELDS and value is True else value for key, value in row.items()}
+    for field, value in said.items():
+        none = value is None and field not in ("path_glob", "optional")
+        fits = isinstance(value, bool) if field == "optional" else isinstance(value, str | Keep)
+        if not fits and not none:
             raise InputError(f"{field}: {value!r} in a rule is no name; write it in quotes")
-    rule = Rule(**row)
+    rule = Rule(**said)
     check_names(rule)
     return rule
 
 
-def _only(data: Mapping[str, Any], allowed: tuple[str, ...], what: str) -> None:
+def only(data: Mapping[str, Any], allowed: tuple[str, ...], what: str) -> None:
+    """Raises InputError for a key that is not among `allowed`, with the nearest ones."""
     for key in data:
         if key not in allowed:
-            raise nearest(key, allowed, what)
+            raise nearest(str(key), allowed, what)

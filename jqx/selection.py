@@ -9,8 +9,8 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
-from .algorithms.table import params_of
 from .config import (
     INPUT_FORMATS,
     KEEP,
@@ -25,7 +25,9 @@ from .config import (
 )
 from .errors import InputError
 from .formats import FORMATS, find_format
+from .modelopt_config import read_config
 from .recipes import RECIPES, find_recipe
+from .steps import check_steps
 from .transforms import Axes
 
 KINDS_OF = {
@@ -43,12 +45,15 @@ RECIPE_RULES = {rule for recipe in RECIPES.values() for rule in recipe.config.ru
 """Rules for many families: of these some match nothing in any one model."""
 
 
-def config_of(cfg: QuantConfig | str) -> QuantConfig:
-    """A configuration, or that of the recipe with this name. Raises InputError for another name or
-    another type, of it or of something in it.
+def config_of(cfg: QuantConfig | str | Mapping[str, Any]) -> QuantConfig:
+    """A configuration, or that of the recipe with this name, of ModelOpt's dictionary, or of what
+    `to_json` writes. Raises InputError for another name or another type, of it or of something in
+    it.
     """
     if isinstance(cfg, str):
-        return find_recipe(cfg).config
+        return find_recipe(cfg).whole
+    if isinstance(cfg, Mapping):
+        return read_config(cfg)
     if not isinstance(cfg, QuantConfig):
         raise InputError(
             f"{type(cfg).__name__} is no configuration: give a QuantConfig, or the name of a recipe"
@@ -59,9 +64,7 @@ def config_of(cfg: QuantConfig | str) -> QuantConfig:
         if not isinstance(rule, Rule):
             raise InputError(f"{rule!r} among the rules is no Rule: write Rule(path_glob=...)")
         check_names(rule)
-    for step in cfg.steps:
-        params_of(step)
-    return cfg
+    return check_steps(cfg)
 
 
 def choose(
@@ -183,7 +186,7 @@ def _check_rules(config: QuantConfig, seen: Mapping[str, Axes], names: list[str]
     """Raises InputError for a rule that somebody wrote and that matches nothing."""
     attentions = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     for rule in config.rules:
-        if rule in RECIPE_RULES:
+        if rule.optional or rule in RECIPE_RULES:
             continue
         where = _candidates(rule, seen, attentions)
         if not any(covers(rule.path_glob, path) for path in where):

@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules: what they say about a path, as JSON, with other block sizes; and the recipes."""
+"""Rules: what they say about a path, as JSON, with other block sizes; and algorithms in JSON."""
 
 import dataclasses
 import fnmatch
 import json
-from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import jqx
-from jqx import KEEP, RECIPES, InputError, QuantConfig, Rule
+from jqx import KEEP, InputError, QuantConfig, Rule
 from jqx.config import (
     INPUT_FORMATS,
     KV_FORMATS,
+    ON,
+    Algorithm,
     Choice,
     base_format,
+    covers,
     from_json,
     resolve,
     to_json,
     with_block,
 )
 from jqx.formats import find_format
-from jqx.recipes import KV_ALIASES, find_kv, find_recipe, with_kv
-from jqx_interop.recipe_files import read_recipe
-from jqx_interop.tables import recipe_yaml
+from jqx.selection import config_of
+from jqx.steps import check_steps, parameters, with_option
 
 UP, HEAD = "model.layers.3.mlp.up_proj.weight", "lm_head.weight"
 
@@ -63,11 +63,38 @@ def test_a_kind_narrows_a_rule():
     assert resolve(rules, "model.layers.3.self_attn", "attention") == Choice(kv="fp8")
 
 
+def test_on_takes_back_none():
+    rules = (Rule(weight="fp8"), Rule(path_glob="*mlp*", weight="nvfp4"), Rule(weight=None))
+    back = Rule(path_glob="*up_proj*", weight=ON)
+    assert resolve(config(*rules, back), UP, "linear") == Choice(weight="nvfp4")
+    assert resolve(config(*rules, back), HEAD, "linear") == Choice()
+    assert resolve(config(*rules[:2], Rule(weight=ON)), UP, "linear") == Choice(weight="nvfp4")
+    assert resolve(config(Rule(weight=ON)), UP, "linear") == Choice()
+
+
+def test_the_module_itself_and_not_what_is_in_it():
+    exact = Rule(path_glob="=*.mlp", weight="fp8")
+    assert resolve(config(exact), "model.mlp.weight", "linear") == Choice(weight="fp8")
+    assert resolve(config(exact), "model.mlp.up_proj.weight", "linear") == Choice()
+    attention = config(Rule(path_glob="=*.self_attn", kv="fp8"))
+    assert resolve(attention, "layers.0.self_attn", "attention") == Choice(kv="fp8")
+    assert resolve(attention, "layers.0.self_attn.inner", "attention") == Choice()
+    assert covers("=*/self_attn", "layers.self_attn")
+    assert covers("=*/self_attn", "layers.self_attn.weight")
+    assert not covers("=*/self_attn", "layers.self_attn.q_proj.weight")
+
+
+def test_a_weight_is_stored_as_its_inputs_ask_for():
+    both = config(Rule(weight="nvfp4_b32", input="fp8"), Rule(path_glob="*mlp*", input=None))
+    assert resolve(both, HEAD, "linear") == Choice(weight="nvfp4_b32_fp8", input="fp8")
+    assert resolve(both, UP, "linear") == Choice(weight="nvfp4_b32")
+
+
 FIELDS = {
-    "weight": st.sampled_from([None, "fp8", "int4_b64", "nvfp4"]),
-    "input": st.sampled_from([None, *INPUT_FORMATS]),
-    "output": st.sampled_from([None, *INPUT_FORMATS]),
-    "kv": st.sampled_from([None, *KV_FORMATS]),
+    "weight": st.sampled_from([None, ON, "fp8", "int4_b64", "nvfp4"]),
+    "input": st.sampled_from([None, ON, *INPUT_FORMATS]),
+    "output": st.sampled_from([None, ON, *INPUT_FORMATS]),
+    "kv": st.sampled_from([None, ON, *KV_FORMATS]),
 }
 GLOBS = ["*", "*mlp*", "*.up_proj.*", "lm_head*", "*.[0-3].*", "nothing"]
 KINDS = [None, "linear", "embedding", "attention"]
@@ -77,11 +104,14 @@ RULES = st.lists(
     ),
     max_size=5,
 )
-Drawn = list[tuple[str, str | None, dict[str, str | None]]]
+Drawn = list[tuple[str, str | None, dict[str, Any]]]
 
 
-def built(drawn: Drawn, algorithm: str | None = "max") -> QuantConfig:
-    rules = tuple(Rule(path_glob=glob, kind=kind, **fields) for glob, kind, fields in drawn)
+def built(drawn: Drawn, algorithm: Any = "max") -> QuantConfig:
+    rules = tuple(
+        Rule(path_glob=glob, kind=kind, optional=glob == "nothing", **fields)
+        for glob, kind, fields in drawn
+    )
     return QuantConfig(rules=rules, algorithm=algorithm)
 
 
@@ -97,22 +127,53 @@ def test_each_field_is_that_of_the_last_rule_that_sets_it(drawn: Drawn, path: st
             and rule.kind in (None, kind)
             and getattr(rule, field) is not KEEP
         ]
-        expected[field] = said[-1] if said else None
-    assert dataclasses.asdict(resolve(found, path, kind)) == expected
+        names = [None, *(value for value in said if isinstance(value, str))]
+        expected[field] = names[-1] if said and said[-1] is not None else None
+    got = dataclasses.asdict(resolve(found, path, kind))
+    assert {field: got[field] for field in FIELDS} == expected
 
 
 # --- JSON
 
 
-@given(drawn=RULES, algorithm=st.sampled_from([None, "max"]))
-def test_json_comes_back_as_it_was(drawn: Drawn, algorithm: str | None):
+NAMES = st.sampled_from(["max", "awq_lite", "gptq", "no_such"])
+VALUES = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(), st.none())
+STEPS = st.builds(
+    lambda method, params: Algorithm.of(method, **params),
+    NAMES,
+    st.dictionaries(
+        st.sampled_from(["alpha", "lowrank", "skip"]), VALUES | st.lists(VALUES).map(tuple)
+    ),
+)
+ALGORITHM = st.one_of(st.none(), NAMES, STEPS, st.lists(STEPS).map(tuple))
+
+
+@given(drawn=RULES, algorithm=ALGORITHM)
+def test_json_comes_back_as_it_was(drawn: Drawn, algorithm: Any):
     found = built(drawn, algorithm)
     assert from_json(json.loads(json.dumps(to_json(found)))) == found
 
 
+def test_an_algorithm_in_json():
+    lite = Algorithm.of("awq_lite", alpha_step=0.1)
+    said = {"method": "awq_lite", "alpha_step": 0.1}
+    for algorithm, plain, steps in (
+        ("max", "max", (Algorithm("max"),)),
+        (None, None, ()),
+        (lite, said, (lite,)),
+        ((lite, Algorithm("max")), [said, {"method": "max"}], (lite, Algorithm("max"))),
+    ):
+        found = QuantConfig(rules=(), algorithm=algorithm)
+        assert to_json(found)["algorithm"] == plain
+        assert from_json({"rules": [], "algorithm": plain}) == found
+        assert found.steps == steps
+    assert from_json({"rules": [], "algorithm": ["max"]}).steps == (Algorithm("max"),)
+
+
 def test_what_is_kept_is_not_written():
-    said = to_json(config(Rule(path_glob="*mlp*", weight=None)))
-    assert said == {"rules": [{"path_glob": "*mlp*", "weight": None}], "algorithm": "max"}
+    said = to_json(config(Rule(path_glob="*mlp*", weight=None, kv=ON, optional=True)))
+    row = {"path_glob": "*mlp*", "weight": None, "kv": True, "optional": True}
+    assert said == {"rules": [row], "algorithm": "max"}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +191,14 @@ def test_what_is_kept_is_not_written():
         ({"rules": [{"kv": "fp8_afine"}]}, ("'fp8_afine'", "fp8_affine")),
         ({"rules": [{"kind": "linaer"}]}, ("'linaer'", "linear")),
         ({"rules": [{"path_glob": None}]}, ("path_glob", "None")),
+        ({"rules": [{"path_glob": True}]}, ("path_glob", "True")),
+        ({"rules": [{"weight": False}]}, ("weight", "False")),
+        ({"rules": [{"kind": True}]}, ("kind", "True")),
+        ({"rules": [{"optional": "yes"}]}, ("optional", "'yes'")),
+        ({"rules": [], "algorithm": 8}, ("algorithm", "8", "quotes", "method")),
+        ({"rules": [], "algorithm": {"alpha": 1}}, ("algorithm", "alpha", "method")),
+        ({"rules": [], "algorithm": [None]}, ("algorithm", "None", "method")),
+        ({"rules": [], "algorithm": {"method": "max", "a": {}}}, ("max", "'a'", "{}")),
     ],
     ids=str,
 )
@@ -172,72 +241,96 @@ def test_no_block_to_change_is_refused():
         with_block(config(Rule(weight="fp8", input="fp8")), 64)
 
 
-# --- recipes
+# --- steps
 
 
-def test_every_name_of_a_recipe_finds_it_and_no_other():
-    names = [name for row in RECIPES.values() for name in (row.name, *row.aliases)]
-    assert len(names) == len(set(names))
-    for row in RECIPES.values():
-        assert all(find_recipe(name) is row for name in (row.name, *row.aliases))
+@pytest.mark.parametrize(
+    ("algorithm", "phrases"),
+    [
+        ("maximum", ("'maximum'", "max")),
+        (Algorithm.of("awq_lite", alpha=1), ("'alpha'", "alpha_step")),
+        (Algorithm.of("awq_lite", alpha_step="1e-1"), ("alpha_step", "'1e-1'", "number")),
+        (Algorithm.of("awq_lite", alpha_step=True), ("alpha_step", "True", "number")),
+        (Algorithm.of("awq_lite", alpha_step=2.0), ("alpha_step", "2")),
+        (Algorithm.of("gptq", block_size=0.5), ("block_size", "0.5", "whole number")),
+        (Algorithm.of("mse", fp8_scale_sweep=1), ("fp8_scale_sweep", "1", "true or false")),
+        (Algorithm.of("gptq", scales=1), ("scales", "1", "name")),
+        (Algorithm.of("max", block=1), ("max", "block")),
+        ((Algorithm("max"), Algorithm("awq_lit")), ("'awq_lit'", "awq_lite")),
+    ],
+    ids=str,
+)
+def test_steps_that_are_none_are_named(algorithm: Any, phrases: tuple[str, ...]):
+    given = QuantConfig(rules=(Rule(weight="fp8"),), algorithm=algorithm)
+    for check in (check_steps, config_of, lambda config: config_of(to_json(config))):
+        with pytest.raises(InputError) as caught:
+            check(given)
+        for phrase in phrases:
+            assert phrase in str(caught.value)
 
 
-def test_an_unknown_recipe_names_the_nearest():
-    with pytest.raises(InputError, match="unknown format 'nvfp5'; did you mean .*nvfp4"):
-        find_recipe("nvfp5")
+def test_steps_that_are_right_pass():
+    lite = Algorithm.of("awq_lite", alpha_step=1)  # a whole number is a number
+    given = QuantConfig(rules=(Rule(weight="fp8"),), algorithm=(lite, Algorithm("max")))
+    assert config_of(to_json(given)) == config_of(given) == check_steps(given) == given
+    assert type(dict(check_steps(given).steps[0].params)["alpha_step"]) is float
+    assert parameters("awq_lite") == {"alpha_step": float}
 
 
-@pytest.mark.parametrize("row", RECIPES.values(), ids=RECIPES.keys())
-def test_no_recipe_touches_heads_routers_or_embeddings(row: jqx.Recipe):
-    paths = (
-        "lm_head",
-        "model.layers.0.mlp.gate",
-        "model.layers.0.block_sparse_moe.gate",
-        "output_layer",
-    )
-    for path in (
-        *paths,
-        "model.layers.1.mlp.shared_expert_gate",
-        "visual.blocks.0.mlp.fc1",
-        "x.router",
-    ):
-        assert resolve(row.config, f"{path}.weight", "linear") == Choice()
-    assert resolve(row.config, "model.embed_tokens.weight", "embedding") == Choice()
-    assert resolve(row.config, UP, "linear").weight is not None
+LITE, MSE = Algorithm("awq_lite"), Algorithm.of("mse", step_size=0.2)
 
 
-@pytest.mark.parametrize("row", RECIPES.values(), ids=RECIPES.keys())
-def test_a_recipe_as_yaml_reads_back(row: jqx.Recipe, tmp_path: Path):
-    (tmp_path / "r.yaml").write_text(recipe_yaml(row.name))
-    assert read_recipe(tmp_path / "r.yaml").config == row.config
-    assert read_recipe(tmp_path / "r.yaml").name == row.name
+@pytest.mark.parametrize(
+    ("algorithm", "key", "text", "expected"),
+    [
+        ("smoothquant", "alpha", "0.5", Algorithm.of("smoothquant", alpha=0.5)),
+        (LITE, "alpha_step", "1", Algorithm.of("awq_lite", alpha_step=1.0)),
+        (LITE, "awq_lite.alpha_step", "0.5", Algorithm.of("awq_lite", alpha_step=0.5)),
+        (MSE, "fp8_scale_sweep", "True", Algorithm.of("mse", step_size=0.2, fp8_scale_sweep=True)),
+        (MSE, "step_size", "0.2", MSE),
+        ("gptq", "block_size", "64", Algorithm.of("gptq", block_size=64)),
+        ("gptq", "scales", "mse", Algorithm.of("gptq", scales="mse")),
+        ((LITE, MSE), "step_size", "0.5", (LITE, Algorithm.of("mse", step_size=0.5))),
+        ((MSE, LITE), "mse.step_size", "1e-1", (Algorithm.of("mse", step_size=0.1), LITE)),
+    ],
+    ids=str,
+)
+def test_an_option_changes_every_step_that_has_it(
+    algorithm: Any, key: str, text: str, expected: Any
+):
+    given = QuantConfig(rules=(Rule(weight="int4"),), algorithm=algorithm)
+    assert with_option(given, key, text) == dataclasses.replace(given, algorithm=expected)
+    for step in with_option(given, key, text).steps:
+        types = parameters(step.method)
+        assert all(type(value) is types[name] for name, value in step.params)
 
 
-def test_a_recipe_file_extends_another(tmp_path: Path):
-    file = tmp_path / "mine.yaml"
-    file.write_text("extends: FP8_DEFAULT_CFG\nrules:\n  - {path_glob: '*mlp*', weight: null}\n")
-    recipe = read_recipe(file)
-    assert recipe.name == "mine"
-    assert recipe.config.rules == (
-        *RECIPES["fp8"].config.rules,
-        Rule(path_glob="*mlp*", weight=None),
-    )
-    assert recipe.config.algorithm == "max"
-    file.write_text("extends: mxfp8\n")
-    assert read_recipe(file).config == RECIPES["mxfp8"].config
-    file.write_text("extends: fp8\nalgorithm: null\nname: other\n")
-    assert (read_recipe(file).name, read_recipe(file).config.algorithm) == ("other", None)
-    assert yaml.safe_load(file.read_text())["name"] == "other"
+@pytest.mark.parametrize(
+    ("algorithm", "key", "text", "phrases"),
+    [
+        ("awq_lite", "alpha_stp", "1", ("'alpha_stp'", "alpha_step")),
+        ("awq_lite", "blok", "1", ("'blok'", "block")),
+        ("awq_lite", "mse.alpha_step", "1", ("'mse.alpha_step'", "alpha_step")),
+        ((LITE, MSE), "mse.alpha_step", "1", ("mse.alpha_step", "awq_lite.alpha_step")),
+        (None, "alpha_step", "1", ("'alpha_step'", "block")),
+        ("awq_lite", "alpha_step", "much", ("alpha_step=much", "a number")),
+        ("gptq", "block_size", "1.5", ("block_size=1.5", "a whole number")),
+        ("mse", "fp8_scale_sweep", "yes", ("fp8_scale_sweep=yes", "true or false")),
+        ("mse", "block", "-1", ("block=-1", "positive")),
+    ],
+    ids=str,
+)
+def test_an_option_that_is_none_is_named(
+    algorithm: Any, key: str, text: str, phrases: tuple[str, ...]
+):
+    given = QuantConfig(rules=(Rule(weight="int4"),), algorithm=algorithm)
+    with pytest.raises(InputError) as caught:
+        with_option(given, key, text)
+    assert "\n" not in str(caught.value)
+    for phrase in phrases:
+        assert phrase in str(caught.value)
 
 
-def test_keys_and_values_have_names_too():
-    assert find_kv("none") is None
-    for name in KV_FORMATS:
-        assert find_kv(name) == name
-    for alias, name in KV_ALIASES.items():
-        assert find_kv(alias) == name
-    with pytest.raises(InputError, match="'fp8_afine'; did you mean fp8_affine"):
-        find_kv("fp8_afine")
-    said = with_kv(RECIPES["fp8"].config, "nvfp4")
-    assert resolve(said, "model.layers.0.self_attn", "attention") == Choice(kv="nvfp4")
-    assert resolve(said, UP, "linear") == resolve(RECIPES["fp8"].config, UP, "linear")
+def test_the_option_block_is_that_of_the_weights():
+    given = QuantConfig(rules=(Rule(weight="int4"),), algorithm="awq_lite")
+    assert with_option(given, "block", "64") == with_block(given, 64)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jqx.algorithms.table import params_of
+from jqx.algorithms.table import ALGORITHMS, needed, params_of, variant_of
 from jqx.config import (
     INPUT_FORMATS,
     KV_FORMATS,
@@ -17,12 +17,12 @@ from jqx.config import (
     KVFormat,
     QuantConfig,
     resolve,
-    with_block,
 )
 from jqx.errors import InputError, nearest
 from jqx.formats import check_divides, find_format
 from jqx.models import ModelSpec, block_prefix, kinds, param_shapes
 from jqx.recipes import Recipe, find_kv, find_recipe, with_kv
+from jqx.steps import check_steps, with_option
 
 from .checkpoints import (
     DTYPES,
@@ -34,9 +34,10 @@ from .checkpoints import (
     open_checkpoint,
 )
 from .families import spec_from_config
+from .folding import Folds, plan_folds
 from .inventory import FLOATS, Inventory, Module, same_tensor, take_inventory
 from .settings import Settings
-from .targets import TARGETS, companions
+from .targets import TARGETS, companions, find_algo, input_factor, low_rank_factors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,8 +91,34 @@ class Job:
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether some linear needs the amax of its inputs."""
-        return any(input_bound(self.config, choice) for choice in self.choices.values())
+        """Whether some linear needs statistics of its inputs."""
+        return any(self.wanted(path) for path in self.choices)
+
+    def wanted(self, path: str) -> tuple[str, ...]:
+        """The kinds of statistics that one linear needs of its inputs."""
+        found = wanted_kinds(self.config, self.choices[path])
+        return tuple(dict.fromkeys((*found, "gram"))) if self.reports_outputs else found
+
+    @property
+    def reports_outputs(self) -> bool:
+        """Whether the errors of outputs are measured: where asked for, and inputs can be had."""
+        can = self.spec is not None or self.settings.activations is not None
+        return self.settings.report and can
+
+    @cached_property
+    def folds(self) -> Folds:
+        """Which norms and linears take the factors of others."""
+        return plan_folds(self.spec, self.choices)
+
+    @property
+    def searches(self) -> bool:
+        """Whether more is done than to reach the largest magnitudes."""
+        return self.settings.report or any(s.method != "max" for s in self.config.steps)
+
+    def shares(self, path: str) -> bool:
+        """Whether linears that read the same input share tensor scales and factors with `path`."""
+        algo = find_algo(self.choices[path])
+        return algo is not None and algo.unified
 
     @property
     def needs_kv(self) -> bool:
@@ -115,7 +142,12 @@ class Job:
         has_input_scale = input_bound(self.config, choice) is not None
         assert choice.weight is not None
         outputs = TARGETS[self.settings.target].outputs
-        return outputs(path, choice.weight, module.shape, self.dtype, has_input_scale)
+        found = outputs(path, choice.weight, module.shape, self.dtype, has_input_scale)
+        if choice.variant is not None and self.folds.keeps(path):
+            found.append(input_factor(path, module.shape, self.dtype))
+        if choice.variant == "svd":
+            found += low_rank_factors(path, module.shape, _rank(self.config), self.dtype)
+        return found
 
     @property
     def unquantized(self) -> tuple[str, ...]:
@@ -133,7 +165,7 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
     if settings.target not in TARGETS:
         raise nearest(settings.target, TARGETS, "target")
     refuse_unheard(row.name, row.config)
-    kv = find_kv(settings.kv_cache)
+    kv = find_kv(settings.kv_cache) or row.kv_cache
     config = with_kv(apply_options(row.config, settings), kv)
     data_free = not calibrated(config) and (kv is None or KV_FORMATS[kv].cast)
     spec = _spec(checkpoint, must=not data_free and settings.activations is None)
@@ -172,7 +204,7 @@ def _refuse_unreached(job: Job) -> None:
     """Calibration runs the blocks, so it meets no inputs of linears outside of them."""
     inside = {name for unit in job.inventory.blocks for name in job.inventory.units[unit]}
     for path, choice in job.choices.items() if job.settings.activations is None else ():
-        if input_bound(job.config, choice) is not None and path + ".weight" not in inside:
+        if wanted_kinds(job.config, choice) and path + ".weight" not in inside:
             raise InputError(
                 f"the inputs of {path} are not calibrated here, only those of linears in blocks; "
                 "quantize its weight alone, leave it out, or record its inputs for --activations"
@@ -181,11 +213,24 @@ def _refuse_unreached(job: Job) -> None:
 
 def calibrated(config: QuantConfig) -> bool:
     """Whether some rule of `config` needs statistics of activations."""
-    return any(
-        input_bound(config, Choice(input=rule.input))
-        for rule in config.rules
-        if isinstance(rule.input, str)
+    inputs = (rule.input for rule in config.rules if isinstance(rule.input, str))
+    weights = (rule.weight for rule in config.rules if isinstance(rule.weight, str))
+    return any(input_bound(config, Choice(input=name)) for name in inputs) or any(
+        needed(config.steps, find_format(name)) for name in weights
     )
+
+
+def wanted_kinds(config: QuantConfig, choice: Choice) -> tuple[str, ...]:
+    """The kinds of statistics that a linear with this choice needs of its inputs."""
+    amax = ("amax",) if input_bound(config, choice) is not None else ()
+    asked = needed(config.steps, find_format(choice.weight or ""))
+    return tuple(dict.fromkeys((*amax, *asked)))
+
+
+def _rank(config: QuantConfig) -> int:
+    """The rank of low-rank parts."""
+    rows = [params_of(step) for step in config.steps if ALGORITHMS[step.method].variant == "svd"]
+    return int(getattr(rows[-1], "lowrank", 0))
 
 
 def input_bound(config: QuantConfig, choice: Choice) -> float | None:
@@ -196,18 +241,14 @@ def input_bound(config: QuantConfig, choice: Choice) -> float | None:
 
 
 def apply_options(config: QuantConfig, settings: Settings) -> QuantConfig:
-    """`config` with `--algorithm` and every `--set key=value` applied."""
-    for key, value in settings.options:
-        if key != "block":
-            raise nearest(key, ("block",), "option of --set")
-        if not value.isdecimal() or int(value) < 1:
-            raise InputError(f"--set block={value}: block is a positive whole number")
-        config = with_block(config, int(value))
+    """`config` with `--algorithm` and then every `--set key=value` applied. Raises InputError for
+    names and values that are none, with the nearest ones.
+    """
     if settings.algorithm is not None:
         config = dataclasses.replace(config, algorithm=settings.algorithm)
-    for step in config.steps:
-        params_of(step)
-    return config
+    for key, value in settings.options:
+        config = with_option(config, key, value)
+    return check_steps(config)
 
 
 def refuse_unheard(name: str, config: QuantConfig) -> None:
@@ -263,7 +304,12 @@ def _choices(
     config: QuantConfig, inventory: Inventory, name: str, supports: Callable[[Choice], bool]
 ) -> dict[str, Choice]:
     resolved = {m.path: resolve(config, m.weight, m.kind) for m in inventory.modules}
-    choices = {path: choice for path, choice in resolved.items() if choice.weight is not None}
+    variant = variant_of(config.steps)
+    choices = {
+        path: dataclasses.replace(choice, variant=variant)
+        for path, choice in resolved.items()
+        if choice.weight is not None
+    }
     problems = [
         f"{module.path}: {problem}"
         for module in inventory.modules
@@ -288,7 +334,8 @@ def _problem(module: Module, choice: Choice, supports: Callable[[Choice], bool])
     if module.kind == "embedding":
         return "embeddings are read as they are; narrow the rule of the recipe with kind: linear"
     if not supports(choice):
-        return f"no layout name for {choice.weight} with {choice.input} inputs"
+        beside = f" and {choice.variant} factors" if choice.variant else ""
+        return f"no layout name for {choice.weight} with {choice.input} inputs{beside}"
     try:
         check_divides(find_format(choice.weight or ""), module.shape)
     except InputError as error:

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqx.config import Algorithm
 from jqx.formats import find_format
 from jqx.models import ModelSpec
 
@@ -146,8 +145,8 @@ def _seconds(job: Job, tokens: int) -> float:
     """
     choice = next(iter(job.choices.values()))
     w = np.ones((1024, 1024), job.dtype)
-    fmt, steps = find_format(choice.weight or ""), (Algorithm("max"),)
-    encoding = _best(lambda: encode_weight(w, fmt, steps, None))
+    fmt = find_format(choice.weight or "")
+    encoding = _best(lambda: encode_weight(w, fmt, None))
     numel = sum(math.prod(job.modules[path].shape) for path in job.choices)
     seconds = STARTUP + numel / w.size * encoding
     if tokens and job.spec is not None:

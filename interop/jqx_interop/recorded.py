@@ -10,14 +10,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jqx.algorithms import InputStats
 from jqx.calibration import amax, input_amax, stored_amax
 from jqx.errors import InputError
 from jqx.models import block_prefix, kinds, project_kv
 from jqx.tensors.paths import unflatten
 
+from .collecting import Collecting, readers, wanted_of
 from .data import Activations
 from .device import compute_of
-from .job import Attention, Job, input_bound
+from .job import Attention, Job
 from .runner import BlockStats, Folding
 from .weights import read_tensor
 
@@ -28,7 +30,7 @@ class Recorded:
     def __init__(self, job: Job, activations: Activations):
         """Raises InputError naming the linears that were not recorded, or whose width differs."""
         self._job, self._activations = job, activations
-        needed = [p for p, c in job.choices.items() if input_bound(job.config, c) is not None]
+        needed = [path for path in job.choices if job.wanted(path)]
         if job.needs_kv:
             needed += [attention.k for attention in job.attentions]
         have = set(activations.modules())
@@ -53,19 +55,34 @@ class Recorded:
         finite.
         """
         inside = set(self._job.inventory.units[unit])
-        found = {}
-        for path, choice in self._job.choices.items():
-            if path + ".weight" in inside and input_bound(self._job.config, choice) is not None:
-                found[path] = float(
-                    input_amax(stored_amax(x) for x in self._activations.batches(path))
-                )
-                if not np.isfinite(found[path]):
+        inputs: dict[str, dict[str, Any]] = {}
+        for path in self._job.choices:
+            if path + ".weight" in inside and "amax" in self._job.wanted(path):
+                largest = input_amax(stored_amax(x) for x in self._activations.batches(path))
+                if not np.isfinite(largest):
                     raise InputError(f"{self._activations.path}: inputs of {path} are not finite")
+                inputs[path] = {"amax": largest}
+        for leader, members in readers(self._job, unit).items():
+            for path, stats in self._moments(leader, members).items():
+                inputs[path] = {**stats, **inputs.get(path, {})}
         kv = {}
         for i, attention in enumerate(self._job.attentions if self._job.needs_kv else ()):
             if attention.unit == unit:
                 kv = self._keys_and_values(i, attention)
-        return BlockStats(input_amax=found, kv=kv), {}
+        return BlockStats(inputs=inputs, kv=kv), {}
+
+    def _moments(self, leader: str, members: tuple[str, ...]) -> dict[str, InputStats]:
+        """What is collected of the input that `members` read, a recorded batch being a statistics
+        batch. The first member that was recorded tells it.
+        """
+        path = next(p for p in (leader, *members) if p in self._activations.modules())
+        shapes = [x.shape for x in self._activations.batches(path)]
+        sizes = [shape[0] if len(shape) == 3 else 1 for shape in shapes]
+        tokens = sum(int(np.prod(shape[:-1])) for shape in shapes)
+        collecting = Collecting(self._job, {leader: wanted_of(self._job, members, tokens)}, sizes)
+        for x in self._activations.batches(path):
+            collecting.add(leader, x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1]))
+        return collecting.results({leader: members})
 
     def _keys_and_values(
         self, i: int, attention: Attention

@@ -7,7 +7,7 @@ repeats changes no maximum.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jqx.algorithms import InputStats
 from jqx.calibration import AffineKV, affine_fold, affine_start, amax, input_amax, never_met
 from jqx.config import KVFormat
 from jqx.errors import InputError
@@ -23,6 +24,7 @@ from jqx.tensors.paths import unflatten
 from jqx.transforms import Use, observe
 
 from .chain import embed_rows, side_by_side
+from .collecting import Collecting, readers, wanted_of
 from .data import CalibrationSet
 from .device import compute_of
 from .hidden import HiddenStates
@@ -33,11 +35,11 @@ from .weights import checked_amax, read_tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockStats:
-    """What one block's quantization needs: input_amax by linear, and amax and bias by
+    """What one block's quantization needs: statistics of inputs by linear, and amax and bias by
     "<attention>.k" and ".v".
     """
 
-    input_amax: Mapping[str, float] = field(default_factory=dict)
+    inputs: Mapping[str, InputStats] = field(default_factory=dict)
     kv: Mapping[str, tuple[float, np.ndarray | None]] = field(default_factory=dict)
 
 
@@ -88,8 +90,13 @@ class Runner:
         kind = kinds(self._spec)[i]
         prefix = block_prefix(self._spec, i)
         params = load_block(self._job, i, self._compute)
-        program = Program(self._spec, kind, self._compute, self._job.dtype.name, self._kv)
-        fold = Folding([len(batch) for batch in self._data.batches], self._job.dtype)
+        sizes = [len(batch) for batch in self._data.batches]
+        read = readers(self._job, self._job.inventory.blocks[i])
+        whole = frozenset(path.removeprefix(f"{prefix}.") for path in read)
+        program = Program(self._spec, kind, self._compute, self._job.dtype.name, self._kv, whole)
+        fold = Folding(sizes, self._job.dtype)
+        wanted = {p: wanted_of(self._job, m, self._data.tokens) for p, m in read.items()}
+        collecting = Collecting(self._job, wanted, sizes)
 
         def call(n: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
             h, maxima, kept = block_step(params, self._hidden.get(n), program=program)
@@ -100,10 +107,15 @@ class Runner:
         found: list[dict[str, jax.Array]] = []
         for maxima, kept in side_by_side(call, self._hidden.count):
             found.append(maxima)
+            for path in read:
+                collecting.add(path, kept.pop(path.removeprefix(f"{prefix}.")))
             fold.add(kept)
             self._progress.advance(1)
         largest = {name: float(input_amax(part[name] for part in found)) for name in found[0]}
-        return self._checked(prefix, largest, fold)
+        stats = self._checked(prefix, largest, fold)
+        more = collecting.results(read)
+        inputs = {p: {**stats.inputs.get(p, {}), **more.get(p, {})} for p in {*stats.inputs, *more}}
+        return replace(stats, inputs=inputs)
 
     def _checked(self, prefix: str, found: dict[str, float], fold: "Folding") -> BlockStats:
         if spoilt := [name for name, value in found.items() if not np.isfinite(value)]:
@@ -115,7 +127,7 @@ class Runner:
         kept = {n: (v, None) for n, v in found.items() if n in (names.kept_k, names.kept_v)}
         inputs = {n.removesuffix(".weight"): v for n, v in found.items() if n not in kept}
         return BlockStats(
-            input_amax={f"{prefix}.{name}": value for name, value in inputs.items()},
+            inputs={f"{prefix}.{name}": {"amax": np.float32(v)} for name, v in inputs.items()},
             kv={f"{prefix}.{name}": kv for name, kv in (kept | fold.results()).items()},
         )
 
@@ -149,7 +161,7 @@ class Program:
     """What one compiled program of a block depends on.
 
     `dtype`: the model's, in which magnitudes are taken; `kv`: how keys and values will be stored,
-    if statistics of them are needed.
+    if statistics of them are needed; `whole`: linears whose inputs are returned as they are.
     """
 
     spec: ModelSpec
@@ -157,6 +169,7 @@ class Program:
     compute: Compute
     dtype: str
     kv: KVFormat | None = None
+    whole: frozenset[str] = frozenset()
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnums=(1,))
@@ -166,21 +179,30 @@ def block_step(
     *,
     program: Program,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """One call: states after the block, the maxima, and whole keys and values if asked."""
+    """One call: states after the block, the maxima, and whole inputs, keys and values if asked."""
 
-    def collect(use: Use, x: jax.Array) -> jax.Array | None:
+    def collect(use: Use, x: jax.Array) -> dict[str, jax.Array] | None:
         if use.op == "name" and program.kv and program.kv.affine:
-            return x  # whole, because the order of batches matters
-        seen = use.op == "dot" or (use.op == "name" and program.kv)
-        return amax(x, jnp.dtype(program.dtype)) if seen else None
+            return {"whole": x}  # because the order of batches matters
+        if not (use.op == "dot" or (use.op == "name" and program.kv)):
+            return None
+        found = {"amax": amax(x, jnp.dtype(program.dtype))}
+        if use.path.removesuffix(".weight") in program.whole:
+            found["whole"] = x.reshape(*h.shape[:2], x.shape[-1])
+        return found
 
     def run(params: Any, h: jax.Array) -> jax.Array:
         return block(program.spec, program.kind, params, h, positions, program.compute)
 
     positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2])
     out, found = observe(run, collect)(params, h)
-    kept = {name: found.pop(name) for name in list(found) if found[name].ndim}
-    return out, found, kept
+    maxima = {name: part["amax"] for name, part in found.items() if "amax" in part}
+    whole = {
+        name.removesuffix(".weight"): part["whole"]
+        for name, part in found.items()
+        if "whole" in part
+    }
+    return out, maxima, whole
 
 
 class Folding:

@@ -23,7 +23,8 @@ class Settings:
     of as many as the model was made for if that is less;
     `batch_size` sequences at a time (0: chosen); `max_memory`: above it, hidden states live in a
     memory-mapped file; `compute`: "auto", "float32" or "bf16"; `options`: what `--set` changes in
-    the recipe; `restart`: throw an unfinished run away.
+    the recipe; `restart`: throw an unfinished run away; `report`: measure the error of every
+    linear's outputs, which needs calibration data.
     """
 
     kv_cache: str = "none"
@@ -39,6 +40,7 @@ class Settings:
     target: str = "modelopt"
     options: tuple[tuple[str, str], ...] = ()
     restart: bool = False
+    report: bool = False
 
     def check(self) -> None:
         """Raise InputError for numbers, sizes and names that none of these can be."""

@@ -6,14 +6,13 @@ shows.
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
-from jqx.config import Keep, to_json
+from jqx.config import Keep
 from jqx.formats import FORMATS, Format
 from jqx.recipes import RECIPES, Recipe, find_recipe
 
 from .families import FAMILIES
 from .job import calibrated
+from .recipe_files import write_recipe
 from .targets import TARGETS
 
 Rows = list[dict[str, Any]]
@@ -41,6 +40,7 @@ def recipe_rows() -> Rows:
             "recipe": row.name,
             "weights": _fields(row, "weight"),
             "inputs": _fields(row, "input") or "as they are",
+            "algorithm": ", ".join(step.method for step in row.config.steps) or "none",
             "needs data": "yes" if calibrated(row.config) else "",
             "what": row.summary,
             "also known as": ", ".join(row.aliases),
@@ -70,9 +70,7 @@ def target_rows() -> Rows:
 
 def recipe_yaml(name: str) -> str:
     """The recipe that answers to `name` as YAML, as `--recipe` reads it. Raises InputError."""
-    recipe = find_recipe(name)
-    data = {"name": recipe.name, **to_json(recipe.config)}
-    return yaml.safe_dump(data, sort_keys=False, width=1000)
+    return write_recipe(find_recipe(name))
 
 
 def markdown(rows: Rows) -> str:

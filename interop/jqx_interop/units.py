@@ -6,7 +6,7 @@ The caller goes on with the next block meanwhile. The first error stops everythi
 where the caller asks.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ from jqx.calibration import kv_scale
 from .checkpoints import DTYPES, ShardWriter
 from .job import Attention, Job
 from .runner import BlockStats
+from .searched import Groups, Search
 from .weights import checked_amax, encode_group, read_tensor
 
 Record = Callable[[dict[str, Any]], None]
@@ -35,6 +36,8 @@ class Finisher:
     ):
         """`record` journals one finished unit; `advance` is told the source bytes that are done."""
         self._job, self._writer, self._record, self._advance = job, writer, record, advance
+        self.facts: dict[str, dict[str, float]] = {}
+        """What was searched and found, by linear."""
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="jqx-encode")
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="jqx-sync")
         self._closing: list[Future[None]] = []
@@ -57,7 +60,7 @@ class Finisher:
         self.check()
         while sum(not future.done() for future in self._closing) > 1:
             self._closing[-2].result()
-        tasks = [self._workers.submit(self._run, task, stats) for task in self._tasks(unit)]
+        tasks = [self._workers.submit(*task, stats) for task in self._tasks(unit)]
         if attention := self._attentions.get(unit):
             tasks.append(self._workers.submit(self._write, kv_tensors(self._job, attention, stats)))
         self._closing.append(self._closer.submit(self._close, unit, tasks, dict(extra or {})))
@@ -73,35 +76,63 @@ class Finisher:
             if future.done():
                 future.result()
 
-    def _tasks(self, unit: int) -> Iterator[tuple[str, ...]]:
-        """Groups of linears, and single tensors that are copied, in order."""
+    def _tasks(self, unit: int) -> Iterator[tuple[Any, Any]]:
+        """Pieces of work in order, as a function and its argument."""
+        groups, others = self._parts(unit)
+        if not self._job.searches:
+            yield from ((self._encode, group) for group in groups)
+        elif self._job.folds.norms or self._job.folds.rows:
+            search = Search(self._job, groups, {})
+            changed = set(search.changes())
+            others = [name for name in others if name not in changed]
+            if groups:
+                yield self._search, groups
+        else:
+            yield from ((self._search, [group]) for group in groups)
+        yield from ((self._copy, name) for name in others)
+
+    def _parts(self, unit: int) -> tuple[Groups, list[str]]:
+        """The groups of linears of a unit, and the tensors that are copied unless something is
+        folded into them.
+        """
         seen: set[str] = set()
         inside = set(self._job.inventory.units[unit])
+        groups, others = [], []
         for name in self._job.inventory.units[unit]:
             path, _, leaf = name.rpartition(".")
             if leaf != "weight" or path not in self._job.choices:
-                yield (name,)
+                others.append(name)
             elif path not in seen:
                 group = self._groups.get(path, (path,))
                 members = tuple(
                     p for p in group if p + ".weight" in inside and p in self._job.choices
                 )
                 seen.update(members)
-                yield members
+                groups.append(members)
+        return groups, others
 
-    def _run(self, task: tuple[str, ...], stats: BlockStats) -> None:
-        if task[0] in self._job.choices:
-            self._write(encode_group(self._job, task, stats.input_amax))
-            sources = [path + ".weight" for path in task]
-        else:
-            array = read_tensor(self._job, task[0])
-            if array.dtype in (DTYPES["BF16"], DTYPES["F16"], DTYPES["F32"]):
-                checked_amax(array, task[0])
-            self._writer.write(task[0], array)
-            self._job.checkpoint.release(task[0])
-            sources = list(task)
-        found = (self._job.checkpoint.tensors[name] for name in sources)
-        self._advance(sum(info.nbytes for info in found))
+    def _encode(self, group: tuple[str, ...], stats: BlockStats) -> None:
+        self._write(encode_group(self._job, group, stats.inputs))
+        self._done(path + ".weight" for path in group)
+
+    def _search(self, groups: Groups, stats: BlockStats) -> None:
+        search = Search(self._job, groups, stats.inputs)
+        self._write(search.run())
+        self.facts |= search.facts
+        self._done(f"{path}.weight" for group in groups for path in group)
+        self._done(search.changes())
+
+    def _copy(self, name: str, stats: BlockStats) -> None:
+        array = read_tensor(self._job, name)
+        if array.dtype in (DTYPES["BF16"], DTYPES["F16"], DTYPES["F32"]):
+            checked_amax(array, name)
+        self._writer.write(name, array)
+        self._job.checkpoint.release(name)
+        self._done((name,))
+
+    def _done(self, names: Iterable[str]) -> None:
+        """Report the source bytes of tensors that are finished."""
+        self._advance(sum(self._job.checkpoint.tensors[name].nbytes for name in names))
 
     def _write(self, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
         for name, array in arrays:

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqx.algorithms import Linear, calibrated, stored
+from jqx.algorithms import InputStats, Linear, stored
 from jqx.calibration import input_scale, stored_amax
-from jqx.config import INPUT_FORMATS, Algorithm
+from jqx.config import INPUT_FORMATS
 from jqx.errors import InputError
 from jqx.formats import Format, find_format
 from jqx.tensors import QTensor
 
 from .job import Job, input_bound
-from .targets import TARGETS, find_algo
+from .targets import TARGETS
 
 CHUNK = 1 << 21
 """Values encoded in one call: few enough for a core's cache, and for memory with any matrix."""
@@ -46,51 +46,47 @@ def checked_amax(array: np.ndarray, name: str) -> np.float32:
 
 
 def encode_group(
-    job: Job, members: tuple[str, ...], input_amax: Mapping[str, float]
+    job: Job, members: tuple[str, ...], inputs: Mapping[str, InputStats]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The named arrays of quantized linears that read one input; tensor scales are shared where the
-    layout says so.
+    """The named arrays of linears that read one input and whose scales reach the largest
+    magnitudes; tensor scales are shared where the layout says so.
 
-    `input_amax` has the linears whose inputs get a stored scale. Raises InputError naming a weight
-    that is not finite.
+    `inputs` has the statistics of the linears whose inputs get a stored scale. Raises InputError
+    naming a weight that is not finite.
     """
     weights = {path: read_tensor(job, path + ".weight") for path in members}
     amax = {path: checked_amax(weights[path], path + ".weight") for path in members}
     named = TARGETS[job.settings.target].named
     for path in members:
         choice = job.choices[path]
-        algo = find_algo(choice)
-        shared = [p for p in members if algo and algo.unified and job.choices[p] == choice] or [
-            path
-        ]
+        shared = [p for p in members if job.shares(path) and job.choices[p] == choice] or [path]
         fmt, scale = find_format(choice.weight or ""), None
         if (bound := input_bound(job.config, choice)) is not None:
             row = INPUT_FORMATS[choice.input or ""]
-            scale = input_scale(max(input_amax[p] for p in shared), bound, path, row.code_max)
-        whole = max(amax[p] for p in shared) if _one_scale(fmt) else None
-        q = encode_weight(weights[path], fmt, job.config.steps, whole).replace(input_scale=scale)
+            largest = max(float(inputs[p]["amax"]) for p in shared)
+            scale = input_scale(largest, bound, path, row.code_max)
+        whole = max(amax[p] for p in shared) if one_scale(fmt) else None
+        q = encode_weight(weights[path], fmt, whole).replace(input_scale=scale)
         yield from ((name, np.asarray(array)) for name, array in named(path, q).items())
         job.checkpoint.release(path + ".weight")
 
 
-def _one_scale(fmt: Format) -> bool:
+def one_scale(fmt: Format) -> bool:
     """Whether there is a scale of the whole tensor."""
     return fmt.tensor_bound is not None or fmt.block == (None, None)
 
 
-def encode_weight(
-    w: np.ndarray, fmt: Format, steps: tuple[Algorithm, ...], whole: np.float32 | None
-) -> QTensor:
-    """`w` [n, k] stored in `fmt`, computed on the CPU in slices of rows when it is large. `whole`:
-    what the scale of the whole tensor reaches.
+def encode_weight(w: np.ndarray, fmt: Format, whole: np.float32 | None) -> QTensor:
+    """`w` [n, k] stored in `fmt` with scales that reach the largest magnitudes, computed on the CPU
+    in slices of rows when it is large. `whole`: what the scale of the whole tensor reaches.
     """
     n, k = w.shape
     rows = max(CHUNK // k // 128, 1) * 128
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if n <= rows:
-            return _encode(w, whole, fmt=fmt, steps=steps)
+            return _encode(w, whole, fmt=fmt)
         parts = [
-            jax.tree.map(np.asarray, _encode(w[i : i + rows], whole, fmt=fmt, steps=steps))
+            jax.tree.map(np.asarray, _encode(w[i : i + rows], whole, fmt=fmt))
             for i in range(0, n, rows)
         ]
     return jax.tree.map(
@@ -98,11 +94,7 @@ def encode_weight(
     )
 
 
-@partial(jax.jit, static_argnames=("fmt", "steps"))
-def _encode(
-    w: jax.Array, whole: jax.Array | None, *, fmt: Format, steps: tuple[Algorithm, ...]
-) -> QTensor:
-    linear = calibrated(Linear(w), {}, fmt=fmt, steps=steps)
-    two_levels = fmt.tensor_bound is not None
-    field = {"tensor_amax" if two_levels else "amax": None if whole is None else jnp.asarray(whole)}
-    return stored(linear._replace(**field), fmt)
+@partial(jax.jit, static_argnames=("fmt",))
+def _encode(w: jax.Array, whole: jax.Array | None, *, fmt: Format) -> QTensor:
+    field = {"tensor_amax" if fmt.tensor_bound is not None else "amax": whole}
+    return stored(Linear(w)._replace(**field), fmt)

@@ -70,7 +70,7 @@ def smoothed(
     """`linear` with its inputs multiplied by `p` more and its weight divided by it, as ModelOpt
     rounds: p to the dtype of the weight, the weight by the reciprocal of the unrounded one.
 
-    `channel_amax`: the largest magnitude of each input channel before this. What scales reach is
+    `channel_amax`: the largest magnitude of each input channel before `p`. What scales reach is
     found anew.
     """
     dtype = linear.weight.dtype
@@ -82,7 +82,7 @@ def smoothed(
         scale = linear.pre_quant_scale.astype(jnp.float32) * p
     found = linear.input_amax
     if channel_amax is not None:
-        found = round_to(jnp.max(round_to(channel_amax, dtype) * scale), dtype)
+        found = round_to(jnp.max(round_to(channel_amax, dtype) * p), dtype)
     return linear._replace(
         weight=weight,
         pre_quant_scale=scale.astype(dtype),

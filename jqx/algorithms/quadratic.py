@@ -64,7 +64,8 @@ def squares(stats: InputStats, algorithm: str) -> Float32[Array, "k"]:
 
 def scaled(stats: InputStats, p: Float32[Array, "k"]) -> InputStats:
     """The second moments of the inputs times `p`; maxima of channels and mean magnitudes too."""
-    out = dict(stats)
+    # of rounded inputs nothing is known once they are scaled before they are rounded
+    out = {kind: value for kind, value in stats.items() if kind != "rounded_gram"}
     factors = {
         "gram": lambda g: g * p[:, None] * p[None, :],
         "root": lambda r: r * p,

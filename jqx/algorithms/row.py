@@ -19,7 +19,9 @@ class AlgorithmRow:
     `params`: a frozen dataclass of its parameters, with their defaults; making one raises
     InputError for values out of range. `run`: a pure function under jit, with format and parameters
     static. `needs`: the kinds of statistics of inputs it cannot do without, of linears in this
-    format. `smooths`: whether it may give a pre_quant_scale. `about`: one line for people.
+    format. `bounded`: whether it searches scales of blocks below a tensor scale that linears with
+    one input share from the start. `variant`: the row of VARIANTS for what it leaves beside codes
+    and scales. `about`: one line for people.
     """
 
     name: str
@@ -27,4 +29,5 @@ class AlgorithmRow:
     params: type
     about: str
     needs: Callable[[Format, Any], tuple[str, ...]] = lambda fmt, params: ()
-    smooths: bool = False
+    bounded: bool = False
+    variant: str | None = None

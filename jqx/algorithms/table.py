@@ -4,14 +4,41 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from jqx.config import Algorithm
 from jqx.errors import InputError, nearest
 from jqx.formats import Format
 
+from .awq import (
+    AwqClip,
+    AwqFull,
+    AwqLite,
+    awq_clip,
+    awq_full,
+    awq_lite,
+    clip_needs,
+    lite_needs,
+)
+from .gptq import Gptq, gptq
+from .headroom import Headroom, headroom, headroom_needs
+from .histogram import (
+    FromBin,
+    Percentile,
+    entropy,
+    histogram_mse,
+    histogram_needs,
+    percentile,
+)
 from .linear import InputStats, Linear
+from .local_hessian import LocalHessian, local_hessian, local_hessian_needs
 from .max import Max, max_calibrate
+from .mse import Mse, mse
+from .quadratic import scaled
 from .row import AlgorithmRow
+from .smoothquant import SmoothQuant, smoothquant, smoothquant_needs
+from .svdquant import SvdQuant, svdquant, svdquant_needs
+from .weighted import Weighted, weighted, weighted_needs
 
 ALGORITHMS = {
     row.name: row
@@ -21,6 +48,104 @@ ALGORITHMS = {
             run=max_calibrate,
             params=Max,
             about="scales reach the largest magnitudes",
+        ),
+        AlgorithmRow(
+            name="mse",
+            run=mse,
+            params=Mse,
+            about="scales with the smallest squared error of the weights",
+            bounded=True,
+        ),
+        AlgorithmRow(
+            name="local_hessian",
+            run=local_hessian,
+            params=LocalHessian,
+            about="scales with the smallest error of the outputs, block by block",
+            needs=local_hessian_needs,
+            bounded=True,
+        ),
+        AlgorithmRow(
+            name="wmse",
+            run=weighted,
+            params=Weighted,
+            about="scales with the smallest error of what is stored, weighted with the inputs",
+            needs=weighted_needs,
+            bounded=True,
+        ),
+        AlgorithmRow(
+            name="nvfp4_act_headroom",
+            run=headroom,
+            params=Headroom,
+            about="a tensor scale of NVFP4 inputs with room for larger values",
+            needs=headroom_needs,
+            bounded=True,
+        ),
+        AlgorithmRow(
+            name="percentile",
+            run=percentile,
+            params=Percentile,
+            about="a scale of inputs that clips the largest few",
+            needs=histogram_needs,
+        ),
+        AlgorithmRow(
+            name="histogram_mse",
+            run=histogram_mse,
+            params=FromBin,
+            about="the scale of inputs with the smallest squared error",
+            needs=histogram_needs,
+        ),
+        AlgorithmRow(
+            name="entropy",
+            run=entropy,
+            params=FromBin,
+            about="the scale of int8 inputs that loses least information",
+            needs=histogram_needs,
+        ),
+        AlgorithmRow(
+            name="smoothquant",
+            run=smoothquant,
+            params=SmoothQuant,
+            about="moves what is hard to round from inputs into weights",
+            needs=smoothquant_needs,
+            variant="smooth",
+        ),
+        AlgorithmRow(
+            name="awq_lite",
+            run=awq_lite,
+            params=AwqLite,
+            about="scales input channels by how much they matter",
+            needs=lite_needs,
+            variant="awq",
+        ),
+        AlgorithmRow(
+            name="awq_clip",
+            run=awq_clip,
+            params=AwqClip,
+            about="clips blocks where that lowers the error of the outputs",
+            needs=clip_needs,
+        ),
+        AlgorithmRow(
+            name="awq_full",
+            run=awq_full,
+            params=AwqFull,
+            about="awq_lite, then awq_clip",
+            needs=lite_needs,
+            variant="awq",
+        ),
+        AlgorithmRow(
+            name="gptq",
+            run=gptq,
+            params=Gptq,
+            about="rounds column by column; later columns make up for what earlier ones lost",
+            needs=lambda fmt, params: ("gram",),
+        ),
+        AlgorithmRow(
+            name="svdquant",
+            run=svdquant,
+            params=SvdQuant,
+            about="awq_lite, then keeps the largest part of the weight in two narrow factors",
+            needs=svdquant_needs,
+            variant="svd",
         ),
     )
 }
@@ -50,6 +175,12 @@ def needed(steps: tuple[Algorithm, ...], fmt: Format) -> tuple[str, ...]:
     return tuple(found)
 
 
+def variant_of(steps: tuple[Algorithm, ...]) -> str | None:
+    """What `steps` leave beside codes and scales: a row of VARIANTS, the last one that is left."""
+    found = [ALGORITHMS[step.method].variant for step in steps]
+    return next((variant for variant in reversed(found) if variant is not None), None)
+
+
 @partial(jax.jit, static_argnames=("fmt", "steps"))
 def calibrated(
     linear: Linear, stats: InputStats, *, fmt: Format, steps: tuple[Algorithm, ...]
@@ -58,5 +189,7 @@ def calibrated(
     needs and does not have.
     """
     for step in steps:
-        linear = ALGORITHMS[step.method].run(linear, fmt, stats, params_of(step))
+        p = linear.pre_quant_scale
+        seen = stats if p is None else scaled(stats, p.astype(jnp.float32))
+        linear = ALGORITHMS[step.method].run(linear, fmt, seen, params_of(step))
     return linear

@@ -6,6 +6,7 @@ and back.
 |---|---|
 | e4m3 | float8_e4m3fn: up to 448, steps of 2^-9 below 2^-6 |
 | e2m1 | 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives |
+| nf4 | 16 quantiles of the normal distribution within -1..1 |
 | int8, int4 | -128..127 and -8..7; scales are chosen for 127 and 7 |
 | e8m0 | a power of two, 2^(code - 127) |
 """
@@ -17,6 +18,8 @@ from functools import partial
 from jaxtyping import Array, Float32, UInt8
 
 from jqx_kernels import bits as b
+
+from .nf4 import nf4_code, nf4_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ E2M1 = Element("e2m1", 4, 6.0, "uint8")
 E2M1_DOWN = Element("e2m1_down", 4, 6.0, "uint8")  # ModelOpt's MXFP4 export: ties down, zero is 8
 INT8 = Element("int8", 8, 127.0, "int8")
 INT4 = Element("int4", 4, 7.0, "uint8")
+NF4 = Element("nf4", 4, 1.0, "uint8")
 E8M0 = Element("e8m0", 8, 2.0**127, "uint8")
 FLOAT32 = Element("float32", 32, float.fromhex("0x1.fffffep+127"), "float32")
 
@@ -53,4 +57,5 @@ CODECS = {
     "e2m1_down": Codec(b.e2m1_code_down, b.e2m1_value),
     "int8": Codec(lambda q, x: b.int_code(q, 8), partial(b.int_value, width=8)),
     "int4": Codec(lambda q, x: b.int_code(q, 4), partial(b.int_value, width=4)),
+    "nf4": Codec(lambda q, x: nf4_code(q), nf4_value),
 }

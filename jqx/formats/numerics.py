@@ -113,6 +113,19 @@ def _unpack_columns(p: UInt8[Array, "n half"]) -> UInt8[Array, "n k"]:
     return lax.bitcast_convert_type(pairs, jnp.uint8).reshape(p.shape[0], -1)
 
 
+def _pack_columns_high(c: UInt8[Array, "n k"]) -> UInt8[Array, "n half"]:
+    """The even column in the high nibble."""
+    return _swapped(_pack_columns(c))
+
+
+def _unpack_columns_high(p: UInt8[Array, "n half"]) -> UInt8[Array, "n k"]:
+    return _unpack_columns(_swapped(p))
+
+
+def _swapped(p: UInt8[Array, "*s"]) -> UInt8[Array, "*s"]:
+    return (p << 4) | (p >> 4)
+
+
 def _pack_rows(c: UInt8[Array, "n k"]) -> UInt8[Array, "half k"]:
     """The even row in the low nibble; only the lowest four bits of a code count."""
     pairs = c.reshape(-1, 2, c.shape[1])
@@ -126,6 +139,7 @@ def _unpack_rows(p: UInt8[Array, "half k"]) -> UInt8[Array, "n k"]:
 PACKINGS = {
     "bytes": Packing(lambda c: c, lambda p: p),
     "columns": Packing(_pack_columns, _unpack_columns, (1, 2)),
+    "columns_high": Packing(_pack_columns_high, _unpack_columns_high, (1, 2)),
     "rows": Packing(_pack_rows, _unpack_rows, (2, 1)),
 }
 

@@ -11,13 +11,16 @@ from .decoder import forward as forward
 from .decoder import head as head
 from .decoder import positions_of as positions_of
 from .decoder import project_kv as project_kv
+from .layers import GAIN_OFFSETS as GAIN_OFFSETS
 from .layout import block_prefix as block_prefix
 from .layout import block_shapes as block_shapes
 from .layout import input_groups as input_groups
 from .layout import is_ignored as is_ignored
 from .layout import kinds as kinds
 from .layout import linears as linears
+from .layout import norm_readers as norm_readers
 from .layout import param_shapes as param_shapes
+from .layout import row_feeders as row_feeders
 from .spec import BF16 as BF16
 from .spec import COMPUTES as COMPUTES
 from .spec import FLOAT32 as FLOAT32

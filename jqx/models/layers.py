@@ -105,6 +105,9 @@ NORMS: dict[str, Callable[[Params, Array, float, Compute], Array]] = {
 }
 """Kind -> function. "rms_plus_one" stores weight - 1 and rounds once, at the end."""
 
+GAIN_OFFSETS = {"rms": 0, "rms_plus_one": 1}
+"""Kind -> what is added to the stored gain."""
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,

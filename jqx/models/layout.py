@@ -74,6 +74,21 @@ def input_groups(spec: ModelSpec, kind: BlockKind) -> tuple[tuple[str, ...], ...
     return ((names.q, names.k, names.v), (names.out,), (names.gate, names.up), (names.down,))
 
 
+def norm_readers(spec: ModelSpec, kind: BlockKind) -> dict[str, tuple[str, ...]]:
+    """Norm -> the linears that read its output, all of them; names relative to the block."""
+    names = spec.names
+    return {names.input_norm: (names.q, names.k, names.v), names.mlp_norm: (names.gate, names.up)}
+
+
+def row_feeders(spec: ModelSpec, kind: BlockKind) -> dict[str, str]:
+    """Linear -> the one whose output channels are its input channels, each times something that the
+    other does not know; names relative to the block.
+    """
+    names, row = spec.names, kind.attention
+    found = {names.down: names.up}
+    return found | ({names.out: names.v} if row.heads == row.kv_heads else {})
+
+
 def linears(spec: ModelSpec, kind: BlockKind) -> tuple[str, ...]:
     """The linears of a block in module order; names relative to the block."""
     return tuple(name for group in input_groups(spec, kind) for name in group)

@@ -18,6 +18,7 @@ caches. Packed codes are multiplied half by half, so nothing is interleaved.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
@@ -168,18 +169,21 @@ def _by_rows(x: Array, q: QTensor, exact: bool) -> Array:
     return jnp.stack([low, high], axis=-1).reshape(x.shape[0], -1)
 
 
-def _by_columns(x: Array, q: QTensor, exact: bool) -> Array:
-    """Even columns are the low halves of bytes, odd columns the high ones."""
+def _by_columns(x: Array, q: QTensor, exact: bool, low: int = 0) -> Array:
+    """Even columns are the low halves of bytes, odd columns the high ones; with `low` 1 the other
+    way round.
+    """
     rows, columns = q.format.block
     fmt = replace(q.format, block=(rows, columns and columns // 2))
-    low = _product(x[:, 0::2], _decoded(q, fmt, q.codes, q.scale), exact)
-    return low + _product(x[:, 1::2], _decoded(q, fmt, q.codes >> 4, q.scale), exact)
+    lower = _product(x[:, low::2], _decoded(q, fmt, q.codes, q.scale), exact)
+    return lower + _product(x[:, 1 - low :: 2], _decoded(q, fmt, q.codes >> 4, q.scale), exact)
 
 
 PRODUCTS: dict[str, Callable[[Array, QTensor, bool], Array]] = {
     "bytes": _as_they_are,
     "rows": _by_rows,
     "columns": _by_columns,
+    "columns_high": partial(_by_columns, low=1),
 }
 """Packing of the codes -> product with some rows."""
 

@@ -24,8 +24,8 @@ SEPARATOR = "|"  # between path and kind in the flat form; no tensor name has it
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of statistic. `merge` is "max", "sum", or "ordered": the result depends on the order
-    of the batches.
+    """One kind of statistic. `merge` is "max", "sum", "rows" (one after the other), or "ordered":
+    the result depends on the order of the batches.
     """
 
     name: str
@@ -38,6 +38,15 @@ KINDS = {
     for kind in (
         Kind("amax", "max", "largest magnitude, float32 []"),
         Kind("channel_amax", "max", "largest magnitude of each channel, float32 [k]"),
+        Kind("channel_mean", "ordered", "mean over batches of the mean magnitude, float32 [k]"),
+        Kind("square", "sum", "sum of squares of each channel, float32 [k]"),
+        Kind("gram", "sum", "sum of x x^T over all rows x, float32 [k, k]"),
+        Kind("rounded_gram", "sum", "the same of quantized inputs, float32 [k, k]"),
+        Kind("block_gram", "sum", "the same within blocks of channels, float32 [k / b, b, b]"),
+        Kind("root", "rows", "all rows, where they are fewer than channels, float32 [rows, k]"),
+        Kind("block_log2", "sum", "histogram of log2 of the amax of 16 channels, int32 [512]"),
+        Kind("histogram", "ordered", "how many magnitudes are in which bin, float32 [bins]"),
+        Kind("histogram_width", "ordered", "width of those bins, float32 []"),
         Kind("tokens", "sum", "rows that were met, int32 []"),
         Kind("affine_bias", "ordered", "running mean over statistics batches, [1, h, 1, d]"),
         Kind(
@@ -46,7 +55,11 @@ KINDS = {
     )
 }
 
-MERGES: dict[str, Callable[[Any, Any], Any]] = {"max": jnp.maximum, "sum": jnp.add}
+MERGES: dict[str, Callable[[Any, Any], Any]] = {
+    "max": jnp.maximum,
+    "sum": jnp.add,
+    "rows": lambda a, b: jnp.concatenate([jnp.asarray(a), jnp.asarray(b)]),
+}
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["entries"], meta_fields=["meta_json"])
@@ -98,10 +111,11 @@ def kind_of(name: str) -> Kind:
 
 
 def merge(a: Stats, b: Stats) -> Stats:
-    """The statistics of both runs together: maxima of maxima, sums of sums, whatever only one has
-    as it is.
+    """The statistics of both runs together: maxima of maxima, sums of sums, rows after rows,
+    whatever only one has as it is.
 
-    Associative, and for either operand order the same. Facts must not contradict each other.
+    Associative, and for either operand order the same but for the order of rows. Facts must not
+    contradict each other.
 
     Raises InputError if both hold an entry whose kind depends on the order of batches, if two
     entries differ in shape, or if a fact differs.
@@ -124,7 +138,8 @@ def _merge_kinds(path: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[
                 f"{name} of {path} depends on the order of its batches and cannot be merged: "
                 "collect it in one run over all batches."
             )
-        if jnp.shape(a[name]) != jnp.shape(b[name]):
+        rows = 1 if rule == "rows" else 0  # of which one run may have more
+        if jnp.shape(a[name])[rows:] != jnp.shape(b[name])[rows:]:
             raise InputError(
                 f"{name} of {path} has shape {jnp.shape(a[name])} in one run and "
                 f"{jnp.shape(b[name])} in the other: they are not of the same model."

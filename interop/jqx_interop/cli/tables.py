@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import print_json, print_table
+from .quantize import complete_formats
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
 
@@ -18,14 +19,23 @@ def formats(as_json: AsJson = False) -> None:
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show this recipe's rules as YAML.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="Show this recipe as --recipe reads it.", autocompletion=complete_formats
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the recipes that --qformat takes, or show one."""
+    from jqx.recipes import find_recipe
+    from jqx_interop.recipe_files import recipe_data
     from jqx_interop.tables import recipe_rows, recipe_yaml
 
     if name is None:
         _show("Recipes", recipe_rows(), as_json)
+    elif as_json:
+        print_json(recipe_data(find_recipe(name)))
     else:
         print(recipe_yaml(name), end="")
 

@@ -26,7 +26,8 @@ class Family:
     `keys` renames a meaning to the config keys that carry it here, the first non-null one wins;
     `defaults` are values of absent keys. `windows` is a key of WINDOWS: which layers slide.
     `activations` replaces what a config file says by what the weights were trained with.
-    `embedding_scale` is a key of EMBEDDING_SCALES.
+    `embedding_scale` is a key of EMBEDDING_SCALES. `folds_rows`: ModelOpt moves the NVFP4 AWQ
+    factors of o_proj and down_proj into the rows of the linear before them.
     """
 
     model_type: str
@@ -41,6 +42,7 @@ class Family:
     windows: str = "never"
     activations: Mapping[str, str] = field(default_factory=_frozen)
     embedding_scale: str = "none"
+    folds_rows: bool = False
 
 
 DEFAULTS: Mapping[str, Any] = _frozen(

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from .family import Family
 
-LLAMA = Family(model_type="llama", mlp_bias="mlp_bias")
+LLAMA = Family(model_type="llama", mlp_bias="mlp_bias", folds_rows=True)
 
 MISTRAL = replace(
     LLAMA,
@@ -15,6 +15,7 @@ MISTRAL = replace(
     out_bias=False,
     mlp_bias=False,
     windows="every_layer",
+    folds_rows=False,
     defaults=MappingProxyType({"sliding_window": 4096, "max_position_embeddings": 131072}),
 )
 
@@ -25,6 +26,7 @@ QWEN2 = replace(
     out_bias=False,
     mlp_bias=False,
     windows="from_max_window_layers",
+    folds_rows=False,
     defaults=MappingProxyType({"sliding_window": 4096, "max_position_embeddings": 32768}),
 )
 
@@ -32,6 +34,7 @@ QWEN3 = replace(
     QWEN2,
     model_type="qwen3",
     qk_norm=True,
+    folds_rows=True,
     qkv_bias="attention_bias",
     out_bias="attention_bias",
     defaults=MappingProxyType({**QWEN2.defaults, "head_dim": 128}),
@@ -44,6 +47,7 @@ GEMMA = replace(
     norm="rms_plus_one",
     mlp_bias=False,
     embedding_scale="sqrt_hidden",
+    folds_rows=False,
     keys=MappingProxyType({"hidden_act": ("hidden_activation", "hidden_act")}),
     activations=MappingProxyType({"gelu": "gelu_pytorch_tanh"}),
     defaults=MappingProxyType(

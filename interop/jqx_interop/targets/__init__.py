@@ -4,6 +4,7 @@
 from .layout import companions as companions
 from .layout import gathered as gathered
 from .layout import input_factor as input_factor
+from .layout import low_rank_factors as low_rank_factors
 from .layout import named as named
 from .layout import outputs as outputs
 from .modelopt import find_algo as find_algo

@@ -7,6 +7,7 @@
     input_scale         what inputs are divided by, float32 []
     weight_scale_2      the tensor scale of formats with two levels, float32 []
     pre_quant_scale     what inputs are multiplied by first, [k] in the model's dtype
+    weight_quantizer._svdquant_lora_a, _b    factors [r, k] and [n, r] of what is added
 
 Names and shapes are those of files written by ModelOpt 0.47.
 """
@@ -26,6 +27,8 @@ from jqx_interop.checkpoints import TensorOut, dtype_name
 
 Grid = tuple[int, ...]
 
+INNER, OUTER = "weight_quantizer._svdquant_lora_a", "weight_quantizer._svdquant_lora_b"
+
 SCALE_SHAPES: Mapping[str, Callable[[Grid], Grid]] = {
     "fp8_channel": lambda grid: grid[:-1],
     "int8": lambda grid: grid[:-1],
@@ -44,6 +47,9 @@ def named(path: str, q: QTensor) -> dict[str, ArrayLike]:
         arrays[f"{path}.weight_scale_2"] = q.tensor_scale
     if q.pre_quant_scale is not None:
         arrays[f"{path}.pre_quant_scale"] = q.pre_quant_scale
+    if q.low_rank is not None:
+        outer, inner = q.low_rank
+        arrays |= {f"{path}.{INNER}": inner, f"{path}.{OUTER}": outer}
     return arrays
 
 
@@ -62,6 +68,17 @@ def outputs(
 def input_factor(path: str, shape: tuple[int, ...], dtype: np.dtype) -> TensorOut:
     """The pre_quant_scale of a weight of `shape` in a model of `dtype`."""
     return TensorOut(f"{path}.pre_quant_scale", dtype_name(dtype), shape[-1:])
+
+
+def low_rank_factors(
+    path: str, shape: tuple[int, ...], rank: int, dtype: np.dtype
+) -> list[TensorOut]:
+    """The two factors beside a weight of `shape` in a model of `dtype`."""
+    (n, k), kind = shape, dtype_name(dtype)
+    return [
+        TensorOut(f"{path}.{INNER}", kind, (rank, k)),
+        TensorOut(f"{path}.{OUTER}", kind, (n, rank)),
+    ]
 
 
 @lru_cache(maxsize=256)
@@ -127,4 +144,5 @@ def gathered(
         input_scale=leaf("input_scale", ()),
         pre_quant_scale=leaf("pre_quant_scale", shape[-1:]),
         input_format=choice.input,
+        low_rank=(arrays[OUTER], arrays[INNER]) if OUTER in arrays else None,
     )

@@ -22,6 +22,7 @@ FLOAT4 = {"dynamic": False, "num_bits": 4, "type": "float"}
 INT8 = {"dynamic": False, "num_bits": 8, "type": "int"}
 INT4 = {"dynamic": False, "num_bits": 4, "type": "int"}
 CHANNEL = {"strategy": "channel"}
+FACTORS = {"has_zero_point": False, "pre_quant_scale": True}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +34,9 @@ class Algo:
     format alone has a config group. `awq`: the keys has_zero_point and pre_quant_scale are written.
     `unified`: linears that read the same input share their tensor scales and their input_scale.
     `engine_scales_inputs`: no input_scale is stored although the format has one. `smoothed`: a
-    linear may have a pre_quant_scale.
+    linear may have a pre_quant_scale. `folds`: where a norm feeds linears that share one, it takes
+    their pre_quant_scale; `folds_rows`: a linear before takes it as well, in families where
+    ModelOpt does that. `low_rank`: linears have two factors beside their codes.
     """
 
     quant_algo: str
@@ -46,6 +49,9 @@ class Algo:
     unified: bool = True
     engine_scales_inputs: bool = False
     smoothed: bool = False
+    folds: bool = False
+    folds_rows: bool = False
+    low_rank: bool = False
 
 
 ALGOS: dict[tuple[str, str | None], Algo] = {
@@ -61,7 +67,16 @@ ALGOS: dict[tuple[str, str | None], Algo] = {
     ),
     ("int8", None): Algo(quant_algo="W8A16", weights=INT8),
     ("int4", None): Algo(
-        quant_algo="W4A16_AWQ", weights=INT4, grouped=True, awq=True, smoothed=True
+        quant_algo="W4A16_AWQ", weights=INT4, grouped=True, awq=True, smoothed=True, folds=True
+    ),
+    ("int4_fp8", "fp8"): Algo(
+        quant_algo="W4A8_AWQ",
+        weights=FLOAT4,
+        inputs=FLOAT8,
+        grouped=True,
+        awq=True,
+        smoothed=True,
+        folds=True,
     ),
     ("nvfp4", "nvfp4"): Algo(
         quant_algo="NVFP4",
@@ -92,6 +107,37 @@ ALGOS: dict[tuple[str, str | None], Algo] = {
     ),
 }
 
+NVFP4_AWQ = Algo(
+    quant_algo="NVFP4_AWQ",
+    weights=FLOAT4,
+    inputs=FLOAT8,
+    grouped=True,
+    inputs_grouped=True,
+    awq=True,
+    smoothed=True,
+    folds=True,
+    folds_rows=True,
+)
+NVFP4_SVD = Algo(
+    quant_algo="NVFP4_SVD",
+    weights=FLOAT4,
+    inputs=FLOAT4,
+    grouped=True,
+    inputs_grouped=True,
+    described=True,
+    awq=True,
+    smoothed=True,
+    low_rank=True,
+)
+VARIANT_ALGOS = {
+    ("nvfp4", "nvfp4", "awq"): NVFP4_AWQ,
+    ("nvfp4", "nvfp4", "svd"): NVFP4_SVD,
+}
+"""Pairs of formats that have another name where something is left beside the codes."""
+
+STORED_AS = {"nvfp4_46": "nvfp4"}
+"""Formats that engines read as another one: only how scales were chosen differs."""
+
 KV_ALGOS = {
     "fp8": "FP8",
     "fp8_affine": "FP8",
@@ -103,8 +149,15 @@ KV_ALGOS = {
 
 
 def find_algo(choice: Choice) -> Algo | None:
-    """The row for `choice`, or None where the layout has no name for the pair."""
-    return ALGOS.get((base_format(choice.weight or ""), choice.input))
+    """The row for `choice`, or None where the layout has no name for it."""
+    name = base_format(choice.weight or "")
+    pair = (STORED_AS.get(name, name), choice.input)
+    if choice.variant is None:
+        return ALGOS.get(pair)
+    if row := VARIANT_ALGOS.get((*pair, choice.variant)):
+        return row
+    row = ALGOS.get(pair)
+    return row if row and row.smoothed and choice.variant != "svd" else None
 
 
 def describe(choices: Mapping[str, Choice], unquantized: Iterable[str], kv: str | None) -> dict:
@@ -176,18 +229,24 @@ def summarise(unquantized: Iterable[str], quantized: Iterable[str]) -> list[str]
     return sorted({shortest(name) for name in unquantized})
 
 
+def _algo(choice: Choice) -> Algo:
+    row = find_algo(choice)
+    assert row is not None  # refused before
+    return row
+
+
 def _layer(choice: Choice) -> dict[str, Any]:
-    algo = ALGOS[base_format(choice.weight or ""), choice.input]
+    algo = _algo(choice)
     out: dict[str, Any] = {"quant_algo": algo.quant_algo}
     if algo.grouped:
         out["group_size"] = _block(choice)
     if algo.awq:
-        out |= {"has_zero_point": False, "pre_quant_scale": True}
+        out |= FACTORS
     return out
 
 
 def _group(choice: Choice) -> dict[str, Any]:
-    algo = ALGOS[base_format(choice.weight or ""), choice.input]
+    algo = _algo(choice)
     if algo.weights is None:
         return {"quant_algo": algo.quant_algo}
     size = {"group_size": _block(choice)} if algo.grouped else {}
@@ -195,7 +254,7 @@ def _group(choice: Choice) -> dict[str, Any]:
     if algo.inputs is not None:
         out["input_activations"] = {**algo.inputs, **(size if algo.inputs_grouped else {})}
     out["weights"] = {**algo.weights, **size}
-    return out
+    return out | (FACTORS if algo.awq and algo.described else {})
 
 
 def _block(choice: Choice) -> int:

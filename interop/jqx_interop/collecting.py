@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of inputs beyond one magnitude: collected once for all linears that read one input, in
+the order of the data.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqx.algorithms import InputStats
+from jqx.calibration.moments import Wanted, add, batch_ends, results, start
+from jqx.errors import InputError
+from jqx.formats import find_format
+
+from .job import Job
+
+Readers = Mapping[str, tuple[str, ...]]
+"""Linear that stands for an input -> all linears that read it."""
+
+
+def readers(job: Job, unit: int) -> dict[str, tuple[str, ...]]:
+    """The inputs of one unit of which more than the amax is needed."""
+    groups = {path: group for group in job.inventory.siblings for path in group}
+    inside, found = set(job.inventory.units[unit]), {}
+    for path in job.choices:
+        if path + ".weight" in inside and set(job.wanted(path)) - {"amax"}:
+            leader = groups.get(path, (path,))[0]
+            found.setdefault(leader, []).append(path)
+    return {leader: tuple(members) for leader, members in found.items()}
+
+
+def wanted_of(job: Job, members: Iterable[str], tokens: int) -> Wanted:
+    """What is collected of the input of `members`, of which there are `tokens` in all: the tokens
+    themselves instead of second moments where they are fewer than channels.
+    """
+    members = tuple(members)
+    kinds = dict.fromkeys(kind for path in members for kind in job.wanted(path))
+    width = job.modules[members[0]].shape[1]
+    blocks = {find_format(job.choices[p].weight or "").block[1] or width for p in members}
+    block = max(blocks)
+    if any(block % b for b in blocks):
+        block = width
+    if "gram" in kinds or ("block_gram" in kinds and block == width):
+        kinds = {k: None for k in kinds if k not in ("gram", "block_gram", "square")}
+        kinds["root" if tokens < width else "gram"] = None
+    return Wanted(tuple(kinds), width, block, tokens)
+
+
+class Collecting:
+    """The statistics of some inputs, which come row by row in the order of the data."""
+
+    def __init__(self, job: Job, wanted: Mapping[str, Wanted], sizes: Sequence[int]):
+        """`wanted` by linear; `sizes`: rows in every statistics batch."""
+        self._dtype, self._ends = job.dtype.name, batch_ends(sizes)
+        self._moments = {path: start(row) for path, row in wanted.items()}
+        self._rows = dict.fromkeys(wanted, 0)
+
+    def add(self, path: str, x: jax.Array | np.ndarray) -> None:
+        """The next rows [rows, tokens, k]; what is beyond the last batch is dropped."""
+        at = self._rows[path]
+        count = min(len(x), len(self._ends) - at)
+        ends = np.zeros(len(x), bool)
+        ends[:count] = self._ends[at : at + count]
+        rows, flags = jnp.asarray(x), jnp.asarray(ends)
+        self._moments[path] = add(
+            self._moments[path], rows, flags, jnp.int32(count), dtype=self._dtype
+        )
+        self._rows[path] = at + count
+
+    def results(self, readers: Readers) -> dict[str, InputStats]:
+        """The statistics by linear. Raises InputError for inputs that are not finite."""
+        found: dict[str, InputStats] = {}
+        for leader, members in readers.items():
+            stats = results(self._moments.pop(leader))
+            check_finite(leader, stats)
+            found |= dict.fromkeys(members, stats)
+        return found
+
+
+def check_finite(path: str, stats: Mapping[str, Any]) -> None:
+    """Raises InputError for statistics that hold NaN or infinities, or of no tokens."""
+    if int(stats.get("tokens", 1)) == 0:
+        raise InputError(f"calibration gave {path} no tokens: give it data")
+    for kind, value in stats.items():
+        if not bool(np.isfinite(np.asarray(jnp.sum(value), np.float32))):
+            raise InputError(
+                f"the calibration inputs of {path} are not finite ({kind}); check the weights, or "
+                "calibrate in another precision (--compute)"
+            )

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linears whose scales are searched for: each by itself, then what they share, what is folded into
+others, and their codes.
+
+A block is one piece of work where factors are folded, since they move between its linears; without
+them the linears that read one input are.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqx.algorithms import InputStats, Linear, calibrated, stored
+from jqx.algorithms.quality import measure
+from jqx.algorithms.shared import gain_scaled, rows_scaled, unified
+from jqx.algorithms.table import ALGORITHMS
+from jqx.calibration import input_scale
+from jqx.config import INPUT_FORMATS
+from jqx.errors import InputError
+from jqx.formats import Format, find_format
+from jqx.tensors import QTensor
+
+from .job import Job, input_bound
+from .targets import TARGETS
+from .weights import checked_amax, one_scale, read_tensor
+
+Groups = list[tuple[str, ...]]
+Named = tuple[str, np.ndarray]
+Facts = dict[str, dict[str, float]]
+
+
+class Search:
+    """The linears `groups` of one unit, those that read one input together, and their `inputs`."""
+
+    def __init__(self, job: Job, groups: Groups, inputs: Mapping[str, InputStats]):
+        """Nothing is read yet."""
+        self._job, self._groups, self._inputs = job, groups, inputs
+        self._linears: dict[str, Linear] = {}
+        self._factors: dict[str, jax.Array] = {}  # what inputs are multiplied by in all
+        self._row_factors: dict[str, jax.Array] = {}
+        self.facts: Facts = {}
+        """What was chosen for every linear, and the relative error of its outputs."""
+
+    def run(self) -> Iterator[Named]:
+        """The named arrays of all linears, and the other tensors that change with them. Raises
+        InputError naming a weight that is not finite, or statistics that do not suffice.
+        """
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            for group in self._groups:
+                self._calibrate(group)
+            folded = dict(self._fold_rows())
+            for group in self._groups:
+                self._unify(group)
+            folded |= dict(self._fold_norms())
+            yield from folded.items()
+            for group in self._groups:
+                for path in group:
+                    yield from self._encoded(path)
+
+    def changes(self) -> list[str]:
+        """The tensors besides codes that `run` yields, as they are called in the checkpoint."""
+        folds, mine = self._job.folds, [path for group in self._groups for path in group]
+        norms = dict.fromkeys(folds.norms[path] for path in mine if path in folds.norms)
+        names = [f"{norm}.{leaf}" for norm in norms for leaf in ("weight", "bias")]
+        names += [f"{folds.rows[path]}.bias" for path in mine if path in folds.rows]
+        return [name for name in names if name in self._job.checkpoint.tensors]
+
+    def _calibrate(self, group: tuple[str, ...]) -> None:
+        """Every member by itself; one amax for all of them where they share the scale of tensors
+        and it bounds what is searched.
+        """
+        job, weights, amax = self._job, {}, {}
+        for path in group:
+            weights[path] = read_tensor(job, path + ".weight")
+            amax[path] = checked_amax(weights[path], path + ".weight")
+        for path in group:
+            fmt, inputs = self._format(path), self._inputs.get(path, {})
+            linear = Linear(jnp.asarray(weights[path]), input_amax=_input_amax(inputs))
+            if fmt.tensor_bound is not None and _bounded(job):
+                alike = [p for p in group if job.choices[p] == job.choices[path]]
+                most = max(amax[p] for p in alike if job.shares(path) or p == path)
+                linear = linear._replace(tensor_amax=jnp.asarray(most))
+            try:
+                found = calibrated(linear, dict(inputs), fmt=fmt, steps=job.config.steps)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from error
+            self._linears[path] = jax.block_until_ready(found)
+
+    def _format(self, path: str) -> Format:
+        return find_format(self._job.choices[path].weight or "")
+
+    def _fold_rows(self) -> Iterator[Named]:
+        """Move factors into the rows of the linear before; yields its bias."""
+        for source, target in self._job.folds.rows.items():
+            if source not in self._linears:
+                continue
+            p = self._linears[source].pre_quant_scale
+            assert p is not None
+            self._linears[source] = self._linears[source]._replace(pre_quant_scale=None)
+            self._linears[target] = rows_scaled(self._linears[target], p)
+            self._row_factors[target] = self._factors[source] = p
+            if (name := f"{target}.bias") in self._job.checkpoint.tensors:
+                yield name, np.asarray(gain_scaled(jnp.asarray(read_tensor(self._job, name)), p))
+
+    def _unify(self, group: tuple[str, ...]) -> None:
+        """One input_scale, tensor scale and factor for members of one format."""
+        alike: dict[Any, list[str]] = {}
+        for path in group:
+            if self._job.shares(path):
+                alike.setdefault(self._job.choices[path], []).append(path)
+        for paths in alike.values():
+            found = unified([self._linears[path] for path in paths], fmt=self._format(paths[0]))
+            self._linears.update(zip(paths, found, strict=True))
+
+    def _fold_norms(self) -> Iterator[Named]:
+        """Move factors into the norm before; yields its gain and bias."""
+        done: dict[str, jax.Array] = {}
+        for path, norm in self._job.folds.norms.items():
+            if path in self._linears:
+                p = self._linears[path].pre_quant_scale
+                assert p is not None
+                done.setdefault(norm, p)
+                self._factors[path] = p
+                self._linears[path] = self._linears[path]._replace(pre_quant_scale=None)
+        for norm, p in done.items():
+            plus_one = norm in self._job.folds.plus_one
+            gain = jnp.asarray(read_tensor(self._job, f"{norm}.weight"))
+            yield f"{norm}.weight", np.asarray(gain_scaled(gain, p, plus_one=plus_one))
+            if (name := f"{norm}.bias") in self._job.checkpoint.tensors:
+                yield name, np.asarray(gain_scaled(jnp.asarray(read_tensor(self._job, name)), p))
+
+    def _encoded(self, path: str) -> Iterator[Named]:
+        job, linear = self._job, self._linears.pop(path)
+        choice, fmt, scale = job.choices[path], self._format(path), None
+        if (bound := input_bound(job.config, choice)) is not None:
+            assert linear.input_amax is not None
+            row = INPUT_FORMATS[choice.input or ""]
+            scale = input_scale(float(linear.input_amax), bound, path, row.code_max)
+        if one_scale(fmt) and fmt.tensor_bound is None and linear.amax is not None:
+            linear = linear._replace(amax=linear.amax.reshape(()))
+        q = _stored(linear._replace(facts={}), fmt=fmt).replace(input_scale=scale)
+        self.facts[path] = {k: float(v) for k, v in linear.facts.items() if not np.ndim(v)}
+        if job.settings.report:
+            self.facts[path] |= self._measured(path, q)
+        named = TARGETS[job.settings.target].named(path, q)
+        yield from ((name, np.asarray(array)) for name, array in named.items())
+        job.checkpoint.release(path + ".weight")
+
+
+    def _measured(self, path: str, q: QTensor) -> dict[str, float]:
+        """How far the outputs of a stored linear are off, and what a report tells of its codes."""
+        factor = self._factors.get(path, q.pre_quant_scale)
+        weight = jnp.asarray(read_tensor(self._job, path + ".weight"))
+        rows = self._row_factors.get(path)
+        found = measure(q, weight, (factor, rows), dict(self._inputs.get(path, {})))
+        return {name: float(value) for name, value in found.items()}
+
+
+def _input_amax(inputs: InputStats) -> jax.Array | None:
+    """The largest magnitude of inputs, from whatever tells it."""
+    if "amax" in inputs:
+        return jnp.asarray(inputs["amax"], jnp.float32)
+    return jnp.max(inputs["channel_amax"]) if "channel_amax" in inputs else None
+
+
+def _bounded(job: Job) -> bool:
+    """Whether a step searches scales of blocks below a tensor scale that is fixed."""
+    return any(ALGORITHMS[step.method].bounded for step in job.config.steps)
+
+
+@partial(jax.jit, static_argnames=("fmt",))
+def _stored(linear: Linear, *, fmt: Format) -> QTensor:
+    return stored(linear, fmt)

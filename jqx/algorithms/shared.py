@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What linears have in common: one pre_quant_scale and shared scales where they read the same
+input, and factors that move into the weight before them.
+
+    p = mean of the members' p          W_i' = W_i * p_i / p
+    gain' = gain * p                    of the norm that feeds them all
+    W_up' = W_up * p_down by rows       where a linear feeds another channel by channel
+
+(ModelOpt 0.47, the fusion pass of its export.)
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jqx.formats import Format, weight_amax
+from jqx_kernels.bits import divide, round_to
+
+from .linear import Linear
+from .svdquant import low_rank_off
+
+
+@partial(jax.jit, static_argnames=("fmt",))
+def unified(members: Sequence[Linear], *, fmt: Format) -> list[Linear]:
+    """Linears of one format that read one input, with one pre_quant_scale, input_amax and
+    tensor_amax.
+
+    Where the pre_quant_scale of a member changes, what its scales reach is found anew from its
+    weight. Linears with a low-rank part get one new part together, whose inner factor they share.
+    """
+    out = list(members)
+    if all(m.pre_quant_scale is not None for m in out):
+        out = _one_factor(out)
+    if all(m.input_amax is not None for m in out):
+        most = jnp.max(jnp.stack([m.input_amax for m in out if m.input_amax is not None]))
+        out = [m._replace(input_amax=most) for m in out]
+    if fmt.tensor_bound is not None:
+        reach = [weight_amax(m.weight) if m.tensor_amax is None else m.tensor_amax for m in out]
+        out = [m._replace(tensor_amax=jnp.max(jnp.stack(reach))) for m in out]
+    return out
+
+
+def _one_factor(members: list[Linear]) -> list[Linear]:
+    scales = [m.pre_quant_scale for m in members if m.pre_quant_scale is not None]
+    dtype = members[0].weight.dtype
+    stacked = jnp.stack([p.astype(jnp.float32) for p in scales])
+    p = round_to(divide(jnp.sum(stacked, axis=0), float(len(scales))), dtype)
+    if all(m.low_rank is not None for m in members):
+        return _one_low_rank(members, stacked, p)
+    return [_moved(m, old, p) for m, old in zip(members, stacked, strict=True)]
+
+
+def _moved(linear: Linear, old: Float[Array, "k"], new: Float[Array, "k"]) -> Linear:
+    """`linear` with the factor `new` for its inputs in place of `old`."""
+    dtype = linear.weight.dtype
+    weight = divide(linear.weight.astype(jnp.float32) * old, new).astype(dtype)
+    same = jnp.all(old == new)
+    kept = {"weight": jnp.where(same, linear.weight, weight)}
+    for field in ("amax", "tensor_amax"):  # chosen for the weight before
+        if (value := getattr(linear, field)) is not None:
+            kept[field] = _unless(same, value, weight, field == "tensor_amax")
+    return linear._replace(pre_quant_scale=new.astype(dtype), **kept)
+
+
+def _unless(same: Array, value: Array, weight: Array, whole: bool) -> Array:
+    """`value` if nothing changed, else what the largest magnitudes are now."""
+    if whole or not value.shape:
+        return jnp.where(same, value, weight_amax(weight))
+    rows, columns = weight.shape[0] // value.shape[0], weight.shape[1] // value.shape[1]
+    blocks = jnp.abs(weight.astype(jnp.float32)).reshape(
+        value.shape[0], rows, value.shape[1], columns
+    )
+    return jnp.where(same, value, jnp.max(blocks, axis=(1, 3)))
+
+
+def _one_low_rank(
+    members: list[Linear], old: Float[Array, "m k"], new: Float[Array, "k"]
+) -> list[Linear]:
+    """One low-rank part of all members together, found anew under one factor."""
+    whole, sizes = [], []
+    for member, p in zip(members, old, strict=True):
+        assert member.low_rank is not None
+        outer, inner = (part.astype(jnp.float32) for part in member.low_rank)
+        wide = member.weight.astype(jnp.float32) + outer @ inner
+        whole.append(divide(wide * p, new))
+        sizes.append(wide.shape[0])
+    dtype = members[0].weight.dtype
+    rank = members[0].low_rank[1].shape[0] if members[0].low_rank is not None else 0
+    joint = low_rank_off(Linear(jnp.concatenate(whole).astype(dtype)), rank)
+    assert joint.low_rank is not None
+    outer, inner = joint.low_rank
+    found, row = [], 0
+    for member, n in zip(members, sizes, strict=True):
+        part = joint.weight[row : row + n]
+        low_rank = (outer[row : row + n], inner)
+        changed = {"amax": None, "tensor_amax": None, "pre_quant_scale": new.astype(dtype)}
+        found.append(member._replace(weight=part, low_rank=low_rank, **changed))
+        row += n
+    return found
+
+
+@jax.jit
+def rows_scaled(linear: Linear, p: Float[Array, "n"]) -> Linear:
+    """`linear` with its outputs multiplied by `p`; what its scales reach is found anew."""
+    dtype = linear.weight.dtype
+    weight = (linear.weight.astype(jnp.float32) * p.astype(jnp.float32)[:, None]).astype(dtype)
+    return linear._replace(weight=weight, amax=None, tensor_amax=None)
+
+
+@partial(jax.jit, static_argnames=("plus_one",))
+def gain_scaled(
+    gain: Float[Array, "k"], p: Float[Array, "k"], *, plus_one: bool = False
+) -> Float[Array, "k"]:
+    """The gain (or the bias) of a norm whose outputs are multiplied by `p`. `plus_one`: of norms
+    that multiply by gain + 1.
+    """
+    wide, factor = gain.astype(jnp.float32), p.astype(jnp.float32)
+    if plus_one:
+        return ((wide + 1) * factor - 1).astype(gain.dtype)
+    return (wide * factor).astype(gain.dtype)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums and maxima of the inputs of one linear, added up a row of tokens at a time and in order, so
+that how many rows are run together changes no bit.
+
+    channel_amax   max |x|              channel_mean   mean over batches of mean over tokens of |x|
+    square         sum x^2              gram           sum x x^T
+    block_gram     the same in blocks of channels      root   the tokens themselves, where they are
+                                                              fewer than channels
+
+A mean is rounded to the dtype of the model for every statistics batch, as ModelOpt does.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from jqx_kernels.bits import divide, round_to
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+class Wanted(NamedTuple):
+    """What is collected of inputs with `width` channels; hashable. `block`: channels that are
+    looked at together, for "block_gram"; `tokens`: of all batches, for "root".
+    """
+
+    kinds: tuple[str, ...]
+    width: int
+    block: int = 0
+    tokens: int = 0
+
+
+Moments = Mapping[str, Array]
+"""What was added up so far. Make one with `start`, read it with `results`."""
+
+
+def start(wanted: Wanted) -> dict[str, Array]:
+    """Nothing yet."""
+    k, b = wanted.width, wanted.block
+    shapes: dict[str, tuple[int, ...]] = {
+        "amax": (),
+        "channel_amax": (k,),
+        "channel_mean": (k,),
+        "square": (k,),
+        "gram": (k, k),
+        "block_gram": (k // b, b, b) if b else (),
+        "root": (wanted.tokens, k),
+    }
+    found = {kind: jnp.zeros(shapes[kind], jnp.float32) for kind in wanted.kinds if kind in shapes}
+    if "channel_mean" in found:
+        found["_sum"] = jnp.zeros((k,), jnp.float32)
+    counts = {"_tokens": 0, "_rows": 0, "_batches": 0}
+    return found | {name: jnp.int32(n) for name, n in counts.items()}
+
+
+@partial(jax.jit, static_argnames=("dtype",), donate_argnums=(0,))
+def add(
+    moments: dict[str, Array],
+    x: Float[Array, "rows tokens k"],
+    ends: Bool[Array, "rows"],
+    count: Int32[Array, ""],
+    *,
+    dtype: str,
+) -> dict[str, Array]:
+    """`moments` with the first `count` rows of `x` added in their order; after a row with `ends` a
+    statistics batch is complete. `dtype`: the model's.
+    """
+
+    def one(i: Array, so_far: dict[str, Array]) -> dict[str, Array]:
+        row = lax.dynamic_index_in_dim(x, i, keepdims=False)
+        return _add_row(so_far, row, ends[i], dtype)
+
+    return lax.fori_loop(0, count, one, moments)
+
+
+def _add_row(
+    moments: dict[str, Array], x: Float[Array, "tokens k"], end: Bool[Array, ""], dtype: str
+) -> dict[str, Array]:
+    out, wide, tokens = dict(moments), x.astype(jnp.float32), x.shape[0]
+    magnitude = jnp.abs(wide)
+    if "amax" in out:
+        out["amax"] = jnp.maximum(out["amax"], round_to(jnp.max(magnitude), dtype))
+    if "channel_amax" in out:
+        most = round_to(jnp.max(magnitude, axis=0), dtype)
+        out["channel_amax"] = jnp.maximum(out["channel_amax"], most)
+    if "square" in out:
+        out["square"] = out["square"] + jnp.sum(wide * wide, axis=0)
+    if "gram" in out:
+        out["gram"] = out["gram"] + jnp.matmul(wide.T, wide, precision=HIGHEST)
+    if "block_gram" in out:
+        parts = wide.reshape(tokens, *out["block_gram"].shape[:2])
+        product = jnp.einsum("tki,tkj->kij", parts, parts, precision=HIGHEST)
+        out["block_gram"] = out["block_gram"] + product
+    if "root" in out:
+        at = (out["_tokens"], jnp.int32(0))
+        out["root"] = lax.dynamic_update_slice(out["root"], wide, at)
+    out["_tokens"] = out["_tokens"] + tokens
+    out["_rows"] = out["_rows"] + 1
+    out["_batches"] = out["_batches"] + end.astype(jnp.int32)
+    return out if "channel_mean" not in out else _add_mean(out, magnitude, end, dtype)
+
+
+def _add_mean(
+    out: dict[str, Array], magnitude: Float[Array, "tokens k"], end: Bool[Array, ""], dtype: str
+) -> dict[str, Array]:
+    """The sums of a row of magnitudes, and the mean of the batch if it ends."""
+    total = out["_sum"] + jnp.sum(round_to(magnitude, dtype), axis=0)
+    met = (out["_rows"] * magnitude.shape[0]).astype(jnp.float32)
+    mean = round_to(divide(total, met), dtype)
+    out["channel_mean"] = jnp.where(end, out["channel_mean"] + mean, out["channel_mean"])
+    out["_sum"] = jnp.where(end, jnp.zeros_like(total), total)
+    out["_rows"] = jnp.where(end, 0, out["_rows"])
+    return out
+
+
+def results(moments: Moments) -> dict[str, Any]:
+    """The statistics by kind, with "tokens"."""
+    found = {kind: value for kind, value in moments.items() if not kind.startswith("_")}
+    if "channel_mean" in found:
+        batches = jnp.maximum(moments["_batches"], 1).astype(jnp.float32)
+        found["channel_mean"] = divide(found["channel_mean"], batches)
+    return found | {"tokens": moments["_tokens"]}
+
+
+def batch_ends(sizes: Sequence[int]) -> np.ndarray:
+    """Whether a statistics batch ends with a row, for batches of these numbers of rows."""
+    ends = np.zeros(sum(sizes), bool)
+    ends[np.cumsum(sizes) - 1] = True
+    return ends
