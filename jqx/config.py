@@ -146,6 +146,8 @@ INPUT_FORMATS = {
         ),
         InputFormat(name="mxfp4", format="mxfp4", bound=None, mode="dynamic, per 32"),
         InputFormat(name="mxfp8", format="mxfp8", bound=None, mode="dynamic, per 32"),
+        InputFormat(name="mxfp6", format="mxfp6", bound=None, mode="dynamic, per 32"),
+        InputFormat(name="mxint8", format="mxint8", bound=None, mode="dynamic, per 32"),
     )
 }
 
@@ -316,7 +318,7 @@ def _step(data: Any) -> Algorithm:
         raise InputError(
             f"algorithm: {data!r} is no name; write one in quotes, {{method: NAME}}, or null"
         )
-    params = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+    params: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     for key, value in params.items():
         each = value if isinstance(value, tuple) else (value,)
         if not isinstance(key, str) or not all(isinstance(v, SCALARS) for v in each):
@@ -326,7 +328,7 @@ def _step(data: Any) -> Algorithm:
 
 def _rule(row: Mapping[str, Any]) -> Rule:
     only(row, tuple(field.name for field in dataclasses.fields(Rule)), "rule key")
-    said = {key: ON if key in FIELDS and value is True else value for key, value in row.items()}
+    said: dict[str, Any] = {k: ON if k in FIELDS and v is True else v for k, v in row.items()}
     for field, value in said.items():
         none = value is None and field not in ("path_glob", "optional")
         fits = isinstance(value, bool) if field == "optional" else isinstance(value, str | Keep)

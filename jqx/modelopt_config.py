@@ -140,10 +140,10 @@ def update_quant_cfg_with_kv_cache_quant(
     cfg: Mapping[str, Any], kv_entries: Mapping[str, Any] | Iterable[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """ModelOpt's dictionary `cfg` with the entries of a KV dictionary after its own."""
-    if isinstance(kv_entries, Mapping):
-        kv_entries = kv_entries["quant_cfg"]
+    more: Any = kv_entries
+    more = more.get("quant_cfg") if isinstance(more, Mapping) else list(more)
     own = cfg.get("quant_cfg") or [{"quantizer_name": "*", "enable": False}]
-    entries = [*_rows(own), *kv_entries]
+    entries = [*_rows(own), *_rows(more)]
     return {**cfg, "quant_cfg": entries, "algorithm": cfg.get("algorithm") or "max"}
 
 

@@ -6,7 +6,7 @@ scale along each axis; `block_type` whether ModelOpt finds those scales anew for
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .config import only
@@ -109,7 +109,7 @@ KEYS_AND_VALUES = {
 }
 TABLES = {"weight": WEIGHTS, "input": INPUTS, "output": INPUTS, "kv": KEYS_AND_VALUES}
 """Field of a rule -> attributes -> name."""
-SECOND_STAGES = {("int4", "fp8"): "int4_fp8"}
+SECOND_STAGES: dict[tuple[str, ...], str] = {("int4", "fp8"): "int4_fp8"}
 """The formats of two quantizers in turn -> one format."""
 
 
@@ -178,18 +178,17 @@ def _name(field: str, found: Attributes) -> str:
     ((axis, block), *more) = found.blocks or ((0, None),)
     if field == "weight" and axis == -1 and block and not more:
         for row, name in table.items():
-            if len(row.blocks) == 1 and _with_blocks(row, found.blocks) == found:
+            if len(row.blocks) == 1 and replace(row, blocks=found.blocks) == found:
                 return find_format(f"{name}_b{block}").name
     row = min(table, key=lambda row: _distance(row, found))
     what = {"kv": "format of keys and values"}.get(field, f"{field} format")
     raise InputError(f"no {what} has {found}; the nearest known is {table[row]}, {row}")
 
 
-def _with_blocks(row: Attributes, blocks: tuple[tuple[int, int | None], ...]) -> Attributes:
-    return Attributes(**{f.name: getattr(row, f.name) for f in fields(row)} | {"blocks": blocks})
-
-
 def _distance(a: Attributes, b: Attributes) -> int:
-    """How many attributes differ; bits count most."""
-    far = 0 if a.num_bits == b.num_bits else 3
-    return far + sum(getattr(a, f.name) != getattr(b, f.name) for f in fields(a))
+    """How many attributes differ, twice where only one has it; bits count most."""
+    far = 0 if a.num_bits == b.num_bits else 6
+    for f in fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        far += (x != y) * (1 + (f.default in (x, y)))
+    return far

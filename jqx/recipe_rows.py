@@ -37,7 +37,7 @@ NEVER_QUANTIZED = (
 list, and the name that GPT-NeoX checkpoints give the head.
 """
 
-MLP = ("*mlp*", "*.mixer.up_proj.*", "*.mixer.down_proj.*", "*block_sparse_moe*", "*.experts.*")
+FEED_FORWARD = ("*mlp*", "*.mixer.up_proj.*", "*.mixer.down_proj.*", "*block_sparse_moe*")
 MLP_WEIGHTS = ("*mlp*", "*block_sparse_moe*")
 EXPERTS = ("*block_sparse_moe*", "*.experts.*")
 MAMBA_ATTENTION = (
@@ -227,13 +227,13 @@ RECIPES = {
             "nvfp4_mlp_only NVFP4_MLP_ONLY_CFG",
             "nvfp4 nvfp4",
             "NVFP4 in the MLPs, the rest untouched",
-            globs=MLP,
+            globs=(*FEED_FORWARD, "*.experts.*"),
         ),
         _recipe(
             "nvfp4_omlp_only NVFP4_OMLP_ONLY_CFG",
             "nvfp4 nvfp4",
             "NVFP4 in the MLPs and the attention output",
-            globs=("*o_proj*", *MLP),
+            globs=("*o_proj*", *FEED_FORWARD),
         ),
         _recipe(
             "nvfp4_experts_only NVFP4_EXPERTS_ONLY_CFG",
@@ -294,5 +294,17 @@ RECIPES = {
             None,
         ),
         _recipe("mxfp8 MXFP8_DEFAULT_CFG", "mxfp8 mxfp8", "MXFP8 weights and inputs", None),
+        _recipe(
+            "mxfp6 MXFP6_DEFAULT_CFG",
+            "mxfp6 mxfp6",
+            "MXFP6 weights and inputs; not for checkpoints",
+            None,
+        ),
+        _recipe(
+            "mxint8 MXINT8_DEFAULT_CFG",
+            "mxint8 mxint8",
+            "MXINT8 weights and inputs; not for checkpoints",
+            None,
+        ),
     )
 }

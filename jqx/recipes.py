@@ -23,7 +23,7 @@ KV_ALIASES = {
     "NVFP4_KV_CFG": "nvfp4",
     "NVFP4_AFFINE_KV_CFG": "nvfp4_affine",
 }
-KV_REFUSED = dict.fromkeys(("NVFP4_KV_ROTATE_CFG", "nvfp4_rotate"), NO_ROTATION)
+KV_REFUSED: dict[str, str] = dict.fromkeys(("NVFP4_KV_ROTATE_CFG", "nvfp4_rotate"), NO_ROTATION)
 """Names of KV cache formats that are known and not done, and why."""
 
 

@@ -52,11 +52,12 @@ def config_of(cfg: QuantConfig | str | Mapping[str, Any]) -> QuantConfig:
     """
     if isinstance(cfg, str):
         return find_recipe(cfg).whole
-    if isinstance(cfg, Mapping):
+    if isinstance(cfg, Mapping) and ("quant_cfg" in cfg or "rules" in cfg):
         return read_config(cfg)
     if not isinstance(cfg, QuantConfig):
         raise InputError(
             f"{type(cfg).__name__} is no configuration: give a QuantConfig, or the name of a recipe"
+            ', or a mapping with "rules" or with the "quant_cfg" of ModelOpt'
         )
     if not isinstance(cfg.rules, tuple | list):
         raise InputError(f"rules is a {type(cfg.rules).__name__}: give a tuple, rules=(Rule(...),)")

@@ -8,6 +8,9 @@ Floats below 2^-126 are zero in the arithmetic that the definitions leave to the
 import numpy as np
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+E3M2 = np.array(
+    [m / 16 for m in range(4)] + [(4 + m) * 2.0 ** (e - 5) for e in range(1, 8) for m in range(4)]
+)
 E4M3 = np.array(
     [m * 2.0**-9 for m in range(8)]
     + [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)]
@@ -27,8 +30,10 @@ ROWS = {
     "nvfp4_b32_fp8": ("e2m1", 1, 32, "e4m3", 448.0),
     "mxfp4": ("e2m1_down", 1, 32, "e8m0", None),
     "mxfp8": ("e4m3", 1, 32, "e8m0", None),
+    "mxfp6": ("e3m2", 1, 32, "e8m0", None),
+    "mxint8": ("int8", 1, 32, "e8m0", None),
 }
-BOUND = {"e4m3": 448.0, "int8": 127.0, "int4": 7.0, "e2m1": 6.0, "e2m1_down": 6.0}
+BOUND = {"e4m3": 448.0, "e3m2": 28.0, "int8": 127.0, "int4": 7.0, "e2m1": 6.0, "e2m1_down": 6.0}
 
 
 def flush(x):
@@ -46,6 +51,10 @@ def nearest(table, a, ties="even"):
 
 def e4m3(q, x=None):
     return (nearest(E4M3, np.abs(q)) | (np.signbit(q) << 7)).astype(np.uint8)
+
+
+def e3m2(q, x=None):
+    return (nearest(E3M2, np.abs(q)) | (np.signbit(q) << 5)).astype(np.uint8)
 
 
 def e2m1(q, x=None):
@@ -66,6 +75,7 @@ def integer(q, width):
 
 CODE = {
     "e4m3": e4m3,
+    "e3m2": e3m2,
     "e2m1": e2m1,
     "e2m1_down": e2m1_down,
     "int8": lambda q, x: integer(q, 8),
@@ -76,7 +86,7 @@ CODE = {
 def value(element, code):
     """float32 values of codes 0..255, one a byte."""
     c = code.astype(np.int64)
-    table = {"e4m3": (E4M3, 7), "e2m1": (E2M1, 3), "e2m1_down": (E2M1, 3)}
+    table = {"e4m3": (E4M3, 7), "e3m2": (E3M2, 5), "e2m1": (E2M1, 3), "e2m1_down": (E2M1, 3)}
     if element in table:
         values, sign = table[element]
         return (values[c & ((1 << sign) - 1)] * np.where(c >> sign, -1, 1)).astype(np.float32)
@@ -200,6 +210,8 @@ INPUTS = {
     "nvfp4": ("e2m1", 16, 2688.0),
     "mxfp4": ("e2m1", 32, None),
     "mxfp8": ("e4m3", 32, None),
+    "mxfp6": ("e3m2", 32, None),
+    "mxint8": ("int8", 32, None),
 }
 CACHES = {"fp8": ("e4m3", 0, 1.0), "nvfp4": ("e2m1", 16, 6.0)}  # ..., k_scale / tensor scale
 

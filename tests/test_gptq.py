@@ -105,8 +105,10 @@ def test_columns_are_rounded_as_in_the_paper(name, act_order):
 def test_scales_are_those_of_the_weight_before(name):
     w, x = problem()
     w, fmt = jnp.asarray(w, jnp.bfloat16), find_format(name)
-    got = STORED(run(w, x, name), fmt)
-    grid = scale_amax(Linear(w), fmt)
+    found, grid = run(w, x, name), scale_amax(Linear(w), fmt)
+    got = STORED(found, fmt)
+    np.testing.assert_array_equal(found.amax, grid)
+    assert found.tensor_amax == (grid.max() if fmt.tensor_bound else None)
     before = STORED(Linear(w, amax=grid), fmt)
     np.testing.assert_array_equal(f32(got.scale), f32(before.scale))
     assert (got.tensor_scale is None) == (before.tensor_scale is None)

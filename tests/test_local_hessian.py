@@ -73,7 +73,9 @@ def test_the_search_follows_the_definition(name, given):
 def test_all_second_moments_and_the_tokens_themselves_tell_the_same():
     w, fmt, x = jnp.asarray(weight()), find_format("nvfp4"), inputs()
     kinds = {"gram": x.T @ x, "root": x, "block_gram": within(x, 16)}
-    found = [RUN(Linear(w), fmt, {k: jnp.asarray(a)}, LocalHessian()).amax for k, a in kinds.items()]
+    found = [
+        RUN(Linear(w), fmt, {k: jnp.asarray(a)}, LocalHessian()).amax for k, a in kinds.items()
+    ]
     for other in found[1:]:
         assert (np.asarray(found[0]) == np.asarray(other)).mean() > 0.98
 

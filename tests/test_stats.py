@@ -21,7 +21,11 @@ from jqx.tensors.stats import KINDS, Stats, from_flat, merge, to_flat
 numbers = st.integers(-1000, 1000).map(np.float32)
 entries = st.dictionaries(
     st.sampled_from(["a.weight", "b.weight", "c"]),
-    st.dictionaries(st.sampled_from(["amax", "tokens"]), numbers, min_size=1),
+    st.dictionaries(
+        st.sampled_from([n for n, kind in KINDS.items() if kind.merge in ("max", "sum")]),
+        numbers,
+        min_size=1,
+    ),
 )
 
 
@@ -58,6 +62,25 @@ def test_merging_under_jit():
         np.testing.assert_array_equal(out.get("w", "channel_amax"), np.float32([4, 5, np.nan]))
         assert int(out.get("w", "tokens")) == 7
         assert out.meta == {"seed": 1}
+
+
+@pytest.mark.parametrize("kind", [n for n, kind in KINDS.items() if kind.merge == "ordered"])
+def test_what_depends_on_the_order_of_batches_is_not_merged(kind):
+    one = Stats.of({"w": {kind: np.float32(1)}})
+    with pytest.raises(InputError, match=f"{kind} of w depends on the order"):
+        merge(one, one)
+
+
+def test_rows_are_put_one_after_the_other():
+    runs = [Stats.of({"w": {"root": np.full((n, 3), n, np.float32)}}) for n in (1, 2, 4)]
+    a, b, c = runs
+    wanted = np.repeat(np.float32([1, 2, 4]), [1, 2, 4])[:, None] * np.ones(3, np.float32)
+    for out in (merge(merge(a, b), c), merge(a, merge(b, c)), jax.jit(merge)(merge(a, b), c)):
+        np.testing.assert_array_equal(out.get("w", "root"), wanted)
+    other = merge(c, merge(b, a)).get("w", "root")
+    np.testing.assert_array_equal(other.T @ other, wanted.T @ wanted)
+    with pytest.raises(InputError, match=r"root of w has shape \(1, 3\).*\(1, 4\)"):
+        merge(a, Stats.of({"w": {"root": np.ones((1, 4), np.float32)}}))
 
 
 @pytest.mark.parametrize(

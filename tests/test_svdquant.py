@@ -117,7 +117,9 @@ def test_the_scales_are_those_of_awq_lite():
         np.testing.assert_array_equal(f32(getattr(got, field)), f32(getattr(smooth, field)))
     scale = np.abs(f32(smooth.weight)).max()
     np.testing.assert_allclose(whole(got), f32(smooth.weight), atol=2**-8 * scale)
-    assert STORED(got, NVFP4).low_rank is got.low_rank or STORED(got, NVFP4).low_rank is not None
+    outer, inner = STORED(got, NVFP4).low_rank
+    np.testing.assert_array_equal(f32(outer), f32(got.low_rank[0]))
+    np.testing.assert_array_equal(f32(inner), f32(got.low_rank[1]))
     assert ALGORITHMS["svdquant"].needs(NVFP4, params) == ("channel_mean", "channel_amax", "gram")
 
 
@@ -136,13 +138,13 @@ def test_errors_are_near_those_of_the_reference_tool(shared):
     acts = load_file(golden / "acts.safetensors")
     for module in (m for m in said if m.endswith(("o_proj", "down_proj"))):
         w = base[f"{module}.weight"]
-        batches = [
-            f32(v).reshape(-1, w.shape[1]) for k, v in acts.items() if k.startswith(module + "|")
-        ]
+        seen = [f32(v) for name, v in acts.items() if name.split("|")[0] == module]
+        batches = [v.reshape(-1, w.shape[1]) for v in seen]
         x = np.concatenate(batches)
-        got = RUN(Linear(jnp.asarray(w)), NVFP4, stats_of(x), SvdQuant())
-        q = STORED(got, NVFP4)
+        means = [f32(np.abs(b).mean(0).astype(w.dtype)) for b in batches]
+        stats = stats_of(x) | {"channel_mean": jnp.asarray(np.mean(means, 0))}
+        q = STORED(RUN(Linear(jnp.asarray(w)), NVFP4, stats, SvdQuant()), NVFP4)
         outer, inner = map(f32, q.low_rank)
         total = (f32(q.decode(jnp.float32)) + outer @ inner) * f32(q.pre_quant_scale)
         off = np.square(x @ (total - f32(w)).T).sum() / np.square(x @ f32(w).T).sum()
-        assert off <= 1.02 * said[module], module
+        assert off <= 1.01 * said[module], module

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqx.algorithms import InputStats
+from jqx.calibration.histograms import FIRST_BINS, Histogram
 from jqx.calibration.moments import Wanted, add, batch_ends, results, start
 from jqx.errors import InputError
 from jqx.formats import find_format
@@ -57,6 +58,9 @@ class Collecting:
         self._dtype, self._ends = job.dtype.name, batch_ends(sizes)
         self._moments = {path: start(row) for path, row in wanted.items()}
         self._rows = dict.fromkeys(wanted, 0)
+        counted = [path for path, row in wanted.items() if "histogram" in row.kinds]
+        self._histograms: dict[str, Histogram | None] = dict.fromkeys(counted)
+        self._waiting: dict[str, list[np.ndarray]] = {path: [] for path in counted}
 
     def add(self, path: str, x: jax.Array | np.ndarray) -> None:
         """The next rows [rows, tokens, k]; what is beyond the last batch is dropped."""
@@ -69,15 +73,35 @@ class Collecting:
             self._moments[path], rows, flags, jnp.int32(count), dtype=self._dtype
         )
         self._rows[path] = at + count
+        if path in self._histograms:
+            self._count(path, np.asarray(x)[:count], ends)
+
+    def _count(self, path: str, rows: np.ndarray, ends: np.ndarray) -> None:
+        """Take rows into the histogram, a statistics batch at a time."""
+        for row, end in zip(rows.astype(self._dtype), ends, strict=False):
+            self._waiting[path].append(row)
+            if end:
+                batch, so_far = np.stack(self._waiting[path]), self._histograms[path]
+                self._waiting[path] = []
+                done = Histogram.start(batch) if so_far is None else so_far.fold(batch)
+                self._histograms[path] = done
 
     def results(self, readers: Readers) -> dict[str, InputStats]:
         """The statistics by linear. Raises InputError for inputs that are not finite."""
         found: dict[str, InputStats] = {}
         for leader, members in readers.items():
-            stats = results(self._moments.pop(leader))
+            stats = results(self._moments.pop(leader)) | self._counts(leader)
             check_finite(leader, stats)
             found |= dict.fromkeys(members, stats)
         return found
+
+
+    def _counts(self, path: str) -> dict[str, np.ndarray | np.float32]:
+        """The histogram of one input, if there is one, with bins to a multiple of the first."""
+        if (found := self._histograms.get(path)) is None:
+            return {}
+        counts = np.pad(found.counts, (0, -len(found.counts) % FIRST_BINS))
+        return {"histogram": counts.astype(np.int32), "histogram_width": found.width}
 
 
 def check_finite(path: str, stats: Mapping[str, Any]) -> None:

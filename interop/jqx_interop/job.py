@@ -103,7 +103,7 @@ class Job:
     def reports_outputs(self) -> bool:
         """Whether the errors of outputs are measured: where asked for, and inputs can be had."""
         can = self.spec is not None or self.settings.activations is not None
-        return self.settings.report and can
+        return self.settings.report is not None and can
 
     @cached_property
     def folds(self) -> Folds:
@@ -113,7 +113,8 @@ class Job:
     @property
     def searches(self) -> bool:
         """Whether more is done than to reach the largest magnitudes."""
-        return self.settings.report or any(s.method != "max" for s in self.config.steps)
+        reported = self.settings.report is not None
+        return reported or any(step.method != "max" for step in self.config.steps)
 
     def shares(self, path: str) -> bool:
         """Whether linears that read the same input share tensor scales and factors with `path`."""

@@ -36,7 +36,9 @@ from .job import Job, prepare
 from .progress import Progress, Silent
 from .recorded import Recorded
 from .report import Report, report_of
+from .report_files import check_apart, publish_report, stage_report
 from .runner import BlockStats, Runner
+from .searched import Facts
 from .settings import Settings
 from .units import Finisher
 
@@ -52,6 +54,13 @@ class Inputs:
     def tokens(self) -> int:
         """How many tokens the model will be run on."""
         return self.calibration.tokens if self.calibration else 0
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a report tells of them."""
+        if (data := self.calibration) is not None:
+            return {"data": str(data.source), "batches": len(data), "tokens": data.tokens}
+        return {"activations": str(self.activations.path)} if self.activations else {}
 
 
 def ptq(
@@ -101,6 +110,8 @@ def load_inputs(job: Job) -> Inputs:
 def run(job: Job, out: str | Path, progress: Progress, inputs: Inputs | None = None) -> Report:
     """Carry out a prepared job; `inputs` are its `load_inputs`, if they are open already."""
     started = time.monotonic()
+    if (asked := job.settings.report) is not None:
+        check_apart(asked, out, job.checkpoint.path)
     inputs = inputs or load_inputs(job)
     if (data := inputs.calibration) is not None:
         shape = f"{len(data)} batches, {data.tokens:,} tokens"
@@ -116,7 +127,7 @@ def run(job: Job, out: str | Path, progress: Progress, inputs: Inputs | None = N
                     f"going on with an unfinished run: {len(done)} parts are there already"
                 )
             try:
-                _work(job, inputs, space, writer, records, progress)
+                facts = _work(job, inputs, space, writer, records, progress)
             except InputError as error:
                 error.add_note("after a change of the model or the data pass --restart")
                 raise
@@ -124,8 +135,12 @@ def run(job: Job, out: str | Path, progress: Progress, inputs: Inputs | None = N
         for file in small_files(job.checkpoint):
             shutil.copyfile(file, space.files / file.name)
         write_descriptions(job, space.files)
+        done = report_of(job, Path(out), plans, time.monotonic() - started)
+        staged = None if asked is None else stage_report(job, done, facts, inputs.told)
         space.publish()
-    return report_of(job, Path(out), plans, time.monotonic() - started)
+        if staged is not None:
+            publish_report(staged)
+    return done
 
 
 @contextmanager
@@ -155,6 +170,7 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("jqx", "jax", "jaxlib")},
         "device": f"{device.platform} {device.device_kind} {platform.machine()}",
         "threads": processors(),
+        "report": job.settings.report is not None,
     }
 
 
@@ -172,8 +188,8 @@ def _work(
     writer: ShardWriter,
     records: list[dict[str, Any]],
     progress: Progress,
-) -> None:
-    """Finish every unit that is not finished yet."""
+) -> Facts:
+    """Finish every unit that is not finished yet. Returns what is known of all linears."""
     done = {record["unit"] for record in records if "unit" in record}
     left = [unit for unit in range(len(job.inventory.units)) if unit not in done]
     source = _source(job, inputs, space, progress)
@@ -188,6 +204,8 @@ def _work(
             finisher.submit(unit, stats, extra)
             if extra:  # the files of the next block replace what this record speaks of
                 finisher.drain()
+    before = (record.get("facts", {}) for record in records)
+    return {path: row for facts in (*before, finisher.facts) for path, row in facts.items()}
 
 
 def _bytes_of(job: Job, unit: int) -> int:

@@ -25,7 +25,7 @@ from jqx.modelopt_config import from_modelopt
 from jqx.recipes import Recipe, find_kv, find_recipe
 from jqx.steps import check_steps
 
-OWN = ("name", "summary", "kv_cache")
+OWN = ("name", "kv_cache")
 KEYS = (*OWN, "extends", "rules", "algorithm")
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -36,12 +36,12 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def write_recipe(recipe: Recipe) -> str:
-    """`recipe` as YAML that `read_recipe` reads back, all but its other names."""
+    """`recipe` as YAML that `read_recipe` reads back, without other names and summary."""
     return yaml.safe_dump(recipe_data(recipe), sort_keys=False, width=1000, allow_unicode=True)
 
 
 def recipe_data(recipe: Recipe) -> dict[str, Any]:
-    """`recipe` as plain values, all but its other names."""
+    """`recipe` as plain values, without other names and summary."""
     own = {key: getattr(recipe, key) for key in OWN if getattr(recipe, key)}
     return {**own, **to_json(recipe.config)}
 
@@ -89,7 +89,7 @@ def _recipe(data: Mapping[str, Any], path: Path, files: tuple[Path, ...]) -> Rec
             raise InputError(f"{key}: {data[key]!r} is no name; write it in quotes")
     if "kv_cache" in data:
         found = replace(found, kv_cache=find_kv(data["kv_cache"] or "none"))
-    return replace(found, name=data.get("name") or path.stem, summary=data.get("summary") or "")
+    return replace(found, name=data.get("name") or path.stem)
 
 
 def _base(given: Any, path: Path, files: tuple[Path, ...]) -> Recipe:

@@ -45,7 +45,8 @@ class Coverage:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """The outcome of a run. Sizes in bytes; `bits` is stored bits per parameter, everything
-    counted.
+    counted. `report`: the directory with what became of every linear, if asked for; `errors_of`:
+    what its errors are of, "outputs", or "weights" where no inputs could be had.
     """
 
     out: str
@@ -58,6 +59,8 @@ class Report:
     files: tuple[str, ...]
     coverage: Coverage
     seconds: float
+    report: str | None = None
+    errors_of: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -83,7 +86,7 @@ def coverage_of(job: Job) -> Coverage:
 def report_of(job: Job, out: Path, plans: Sequence[ShardPlan], seconds: float) -> Report:
     """The report of a finished job."""
     coverage = coverage_of(job)
-    written = sum(plan.size for plan in plans)
+    written, folder = sum(plan.size for plan in plans), job.settings.report
     return Report(
         out=str(out),
         recipe=job.recipe.name,
@@ -95,6 +98,8 @@ def report_of(job: Job, out: Path, plans: Sequence[ShardPlan], seconds: float) -
         files=tuple(plan.file for plan in plans),
         coverage=coverage,
         seconds=round(seconds, 3),
+        report=None if folder is None else str(folder),
+        errors_of=None if folder is None else "outputs" if job.reports_outputs else "weights",
     )
 
 

@@ -112,7 +112,7 @@ class Search:
         for path in group:
             if self._job.shares(path):
                 alike.setdefault(self._job.choices[path], []).append(path)
-        for paths in alike.values():
+        for paths in (paths for paths in alike.values() if len(paths) > 1):
             found = unified([self._linears[path] for path in paths], fmt=self._format(paths[0]))
             self._linears.update(zip(paths, found, strict=True))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jqx.errors import InputError, nearest
 
-from .checkpoints import parse_size
+from .checkpoints import one_line, parse_size
 from .device import COMPUTE_NAMES
 
 LEAST = {"calib_size": 1, "calib_seq": 1, "batch_size": 0}
@@ -23,8 +23,8 @@ class Settings:
     of as many as the model was made for if that is less;
     `batch_size` sequences at a time (0: chosen); `max_memory`: above it, hidden states live in a
     memory-mapped file; `compute`: "auto", "float32" or "bf16"; `options`: what `--set` changes in
-    the recipe; `restart`: throw an unfinished run away; `report`: measure the error of every
-    linear's outputs, which needs calibration data.
+    the recipe; `restart`: throw an unfinished run away; `report`: a new directory for what became
+    of every linear. The errors of outputs are measured then, which needs calibration data.
     """
 
     kv_cache: str = "none"
@@ -40,7 +40,7 @@ class Settings:
     target: str = "modelopt"
     options: tuple[tuple[str, str], ...] = ()
     restart: bool = False
-    report: bool = False
+    report: str | Path | None = None
 
     def check(self) -> None:
         """Raise InputError for numbers, sizes and names that none of these can be."""
@@ -54,3 +54,18 @@ class Settings:
                 raise InputError(f"{field}: {error}") from error
         if self.compute not in COMPUTE_NAMES:
             raise nearest(self.compute, COMPUTE_NAMES, "compute")
+        if self.report is not None:
+            _check_new(Path(self.report))
+
+
+def _check_new(folder: Path) -> None:
+    """Raise InputError if `folder` cannot be the place of a new report."""
+    try:
+        here, taken = folder.resolve() == Path.cwd(), folder.exists() or folder.is_symlink()
+        free = folder.is_dir() and not here and not any(folder.iterdir())
+    except OSError as error:
+        raise InputError(one_line(f"report: {folder}: {error.strerror}")) from error
+    if taken and not free:
+        raise InputError(
+            one_line(f"report: {folder} exists; name a new directory, or remove what is there")
+        )

@@ -6,6 +6,7 @@ The caller goes on with the next block meanwhile. The first error stops everythi
 where the caller asks.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -17,7 +18,7 @@ from jqx.calibration import kv_scale
 from .checkpoints import DTYPES, ShardWriter
 from .job import Attention, Job
 from .runner import BlockStats
-from .searched import Groups, Search
+from .searched import Facts, Groups, Search
 from .weights import checked_amax, encode_group, read_tensor
 
 Record = Callable[[dict[str, Any]], None]
@@ -36,8 +37,8 @@ class Finisher:
     ):
         """`record` journals one finished unit; `advance` is told the source bytes that are done."""
         self._job, self._writer, self._record, self._advance = job, writer, record, advance
-        self.facts: dict[str, dict[str, float]] = {}
-        """What was searched and found, by linear."""
+        self.facts: Facts = {}
+        """What was searched and found, by linear; finite numbers."""
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="jqx-encode")
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="jqx-sync")
         self._closing: list[Future[None]] = []
@@ -118,7 +119,7 @@ class Finisher:
     def _search(self, groups: Groups, stats: BlockStats) -> None:
         search = Search(self._job, groups, stats.inputs)
         self._write(search.run())
-        self.facts |= search.facts
+        self.facts |= {path: _finite(facts) for path, facts in search.facts.items()}
         self._done(f"{path}.weight" for group in groups for path in group)
         self._done(search.changes())
 
@@ -142,7 +143,18 @@ class Finisher:
         for task in tasks:
             task.result()
         self._writer.sync()
-        self._record({"unit": unit, **extra})
+        self._record({"unit": unit, **self._told(unit), **extra})
+
+    def _told(self, unit: int) -> dict[str, Facts]:
+        """What a report will tell of a unit: journalled, so that a run that goes on knows it."""
+        if self._job.settings.report is None:
+            return {}
+        paths = (name.rpartition(".")[0] for name in self._job.inventory.units[unit])
+        return {"facts": {path: self.facts[path] for path in paths if path in self.facts}}
+
+
+def _finite(facts: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in facts.items() if math.isfinite(value)}
 
 
 def kv_tensors(

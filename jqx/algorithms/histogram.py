@@ -131,12 +131,13 @@ def entropy_amax(counts: Counts, width: Float32[Array, ""], start: int = 128) ->
     bins = bins.at[0].set(bins[1])  # zeros are exact in any case
     end = _occupied(counts)
 
-    def losses(edge: Int32[Array, ""]) -> Float32[Array, ""]:
-        return jnp.where(edge > end, jnp.inf, _divergence(bins, edge))
+    def losses(edge: Float32[Array, ""]) -> Float32[Array, ""]:
+        at = edge.astype(jnp.int32)
+        return jnp.where(at > end, jnp.inf, _divergence(bins, at))
 
     # in descending order the first of equal ones is the last
-    tried = np.arange(size, min(start, size) - 1, -1, dtype=np.int32)
-    return first_best(tried, lambda edge: edge, losses).astype(jnp.float32) * width
+    tried = np.arange(size, min(start, size) - 1, -1, dtype=np.float32)
+    return first_best(tried, lambda edge: edge, losses) * width
 
 
 def _divergence(bins: Float32[Array, "n"], end: Int32[Array, ""]) -> Float32[Array, ""]:

@@ -20,7 +20,7 @@ from jqx.formats import Format, weight_amax
 from jqx_kernels.bits import divide, round_to
 
 from .linear import Linear
-from .svdquant import low_rank_off
+from .svdquant import low_rank, product
 
 
 @partial(jax.jit, static_argnames=("fmt",))
@@ -80,25 +80,22 @@ def _one_low_rank(
     members: list[Linear], old: Float[Array, "m k"], new: Float[Array, "k"]
 ) -> list[Linear]:
     """One low-rank part of all members together, found anew under one factor."""
-    whole, sizes = [], []
+    whole, rank = [], 0
     for member, p in zip(members, old, strict=True):
         assert member.low_rank is not None
-        outer, inner = (part.astype(jnp.float32) for part in member.low_rank)
-        wide = member.weight.astype(jnp.float32) + outer @ inner
-        whole.append(divide(wide * p, new))
-        sizes.append(wide.shape[0])
-    dtype = members[0].weight.dtype
-    rank = members[0].low_rank[1].shape[0] if members[0].low_rank is not None else 0
-    joint = low_rank_off(Linear(jnp.concatenate(whole).astype(dtype)), rank)
-    assert joint.low_rank is not None
-    outer, inner = joint.low_rank
+        wide = member.weight.astype(jnp.float32) + product(*member.low_rank)
+        whole.append(wide * divide(p, new))
+        rank = member.low_rank[1].shape[0]
+    joint, dtype = jnp.concatenate(whole), members[0].weight.dtype
+    outer, inner = low_rank(joint, rank)
+    rest = (joint - product(outer, inner)).astype(dtype)
     found, row = [], 0
-    for member, n in zip(members, sizes, strict=True):
-        part = joint.weight[row : row + n]
-        low_rank = (outer[row : row + n], inner)
+    for member in members:
+        end = row + member.weight.shape[0]
+        parts = (outer[row:end].astype(dtype), inner.astype(dtype))
         changed = {"amax": None, "tensor_amax": None, "pre_quant_scale": new.astype(dtype)}
-        found.append(member._replace(weight=part, low_rank=low_rank, **changed))
-        row += n
+        found.append(member._replace(weight=rest[row:end], low_rank=parts, **changed))
+        row = end
     return found
 
 

@@ -10,12 +10,13 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from jqx.errors import InputError
 from jqx.formats import Format
-from jqx_kernels.bits import round_to
+from jqx_kernels.bits import divide, round_to
 
 from .awq import AwqLite, awq_lite, lite_needs
 from .linear import InputStats, Linear
@@ -53,7 +54,20 @@ def svdquant(linear: Linear, fmt: Format, stats: InputStats, params: SvdQuant) -
 
     Raises InputError for statistics that are not there.
     """
-    return low_rank_off(awq_lite(linear, fmt, stats, params.lite), params.lowrank)
+    done = low_rank_off(awq_lite(linear, fmt, stats, params.lite), params.lowrank)
+    assert done.pre_quant_scale is not None
+    # its inputs are looked at once more, as they come from the rounded factor
+    met = round_to(stats["channel_amax"], done.weight.dtype)
+    met = round_to(met * _relative(done, linear), done.weight.dtype)
+    return done._replace(input_amax=jnp.max(met))
+
+
+def _relative(done: Linear, before: Linear) -> Float32[Array, "k"]:
+    """What inputs are multiplied by in `done`, in terms of those of `before`."""
+    assert done.pre_quant_scale is not None
+    p = done.pre_quant_scale.astype(jnp.float32)
+    old = before.pre_quant_scale
+    return p if old is None else divide(p, old.astype(jnp.float32))
 
 
 def low_rank_off(linear: Linear, rank: int) -> Linear:
@@ -65,16 +79,28 @@ def low_rank_off(linear: Linear, rank: int) -> Linear:
     """
     dtype, wide = linear.weight.dtype, linear.weight.astype(jnp.float32)
     if linear.low_rank is not None:
-        wide = wide + _product(*linear.low_rank)
-    outer, values, inner = jnp.linalg.svd(wide, full_matrices=False)
-    kept = min(rank, values.shape[0])
-    filled = ((0, 0), (0, rank - kept))
-    b = jnp.pad((outer * values[None, :])[:, :kept], filled).astype(dtype)
-    a = jnp.pad(inner[:kept], filled[::-1]).astype(dtype)
-    weight = (wide - round_to(_product(b, a), dtype)).astype(dtype)
-    return linear._replace(weight=weight, low_rank=(b, a), amax=None, tensor_amax=None)
+        wide = wide + product(*linear.low_rank)
+    outer, inner = (part.astype(dtype) for part in low_rank(wide, rank))
+    weight = (wide - round_to(product(outer, inner), dtype)).astype(dtype)
+    return linear._replace(weight=weight, low_rank=(outer, inner), amax=None, tensor_amax=None)
 
 
-def _product(outer: Float[Array, "n r"], inner: Float[Array, "r k"]) -> Float[Array, "n k"]:
+def low_rank(
+    w: Float32[Array, "n k"], rank: int
+) -> tuple[Float32[Array, "n r"], Float32[Array, "r k"]]:
+    """The factors of the best approximation of `w` of this rank, zeros beyond its smaller axis.
+
+    Found in float64, as ModelOpt does: singular vectors of close values turn with the last bits.
+    """
+    with jax.enable_x64(True):
+        outer, values, inner = jnp.linalg.svd(w.astype(jnp.float64), full_matrices=False)
+        b = (outer * values[None, :])[:, :rank].astype(jnp.float32)
+        a = inner[:rank].astype(jnp.float32)
+    missing = rank - a.shape[0]
+    return jnp.pad(b, ((0, 0), (0, missing))), jnp.pad(a, ((0, missing), (0, 0)))
+
+
+def product(outer: Float[Array, "n r"], inner: Float[Array, "r k"]) -> Float[Array, "n k"]:
+    """The part of the weight that two factors stand for, in float32."""
     wide = (part.astype(jnp.float32) for part in (outer, inner))
     return jnp.matmul(*wide, precision=HIGHEST)

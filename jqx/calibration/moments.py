@@ -5,7 +5,7 @@ that how many rows are run together changes no bit.
     channel_amax   max |x|              channel_mean   mean over batches of mean over tokens of |x|
     square         sum x^2              gram           sum x x^T
     block_gram     the same in blocks of channels      root   the tokens themselves, where they are
-                                                              fewer than channels
+    block_log2     histogram of block maxima                  fewer than channels
 
 A mean is rounded to the dtype of the model for every statistics batch, as ModelOpt does.
 """
@@ -21,6 +21,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from jqx_kernels.bits import divide, round_to
+
+from .histograms import BINS, block_log2
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -53,6 +55,8 @@ def start(wanted: Wanted) -> dict[str, Array]:
         "root": (wanted.tokens, k),
     }
     found = {kind: jnp.zeros(shapes[kind], jnp.float32) for kind in wanted.kinds if kind in shapes}
+    if "block_log2" in wanted.kinds:
+        found["block_log2"] = jnp.zeros((BINS,), jnp.int32)
     if "channel_mean" in found:
         found["_sum"] = jnp.zeros((k,), jnp.float32)
     counts = {"_tokens": 0, "_rows": 0, "_batches": 0}
@@ -97,6 +101,8 @@ def _add_row(
         parts = wide.reshape(tokens, *out["block_gram"].shape[:2])
         product = jnp.einsum("tki,tkj->kij", parts, parts, precision=HIGHEST)
         out["block_gram"] = out["block_gram"] + product
+    if "block_log2" in out:
+        out["block_log2"] = out["block_log2"] + block_log2(round_to(magnitude, dtype))
     if "root" in out:
         at = (out["_tokens"], jnp.int32(0))
         out["root"] = lax.dynamic_update_slice(out["root"], wide, at)

@@ -6,6 +6,7 @@ and back.
 |---|---|
 | e4m3 | float8_e4m3fn: up to 448, steps of 2^-9 below 2^-6 |
 | e2m1 | 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives |
+| e3m2 | 0, 1/16, 2/16, 3/16, then four to a power of two up to 28 |
 | nf4 | 16 quantiles of the normal distribution within -1..1 |
 | int8, int4 | -128..127 and -8..7; scales are chosen for 127 and 7 |
 | e8m0 | a power of two, 2^(code - 127) |
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float32, UInt8
 
 from jqx_kernels import bits as b
 
+from .e3m2 import e3m2_code, e3m2_value
 from .nf4 import nf4_code, nf4_value
 
 
@@ -35,6 +37,7 @@ class Element:
 E4M3 = Element("e4m3", 8, 448.0, "float8_e4m3fn")
 E2M1 = Element("e2m1", 4, 6.0, "uint8")
 E2M1_DOWN = Element("e2m1_down", 4, 6.0, "uint8")  # ModelOpt's MXFP4 export: ties down, zero is 8
+E3M2 = Element("e3m2", 6, 28.0, "uint8")
 INT8 = Element("int8", 8, 127.0, "int8")
 INT4 = Element("int4", 4, 7.0, "uint8")
 NF4 = Element("nf4", 4, 1.0, "uint8")
@@ -55,6 +58,7 @@ CODECS = {
     "e4m3": Codec(lambda q, x: b.e4m3_code(q), b.e4m3_value),
     "e2m1": Codec(b.e2m1_code, b.e2m1_value),
     "e2m1_down": Codec(b.e2m1_code_down, b.e2m1_value),
+    "e3m2": Codec(lambda q, x: e3m2_code(q), e3m2_value),
     "int8": Codec(lambda q, x: b.int_code(q, 8), partial(b.int_value, width=8)),
     "int4": Codec(lambda q, x: b.int_code(q, 4), partial(b.int_value, width=4)),
     "nf4": Codec(lambda q, x: nf4_code(q), nf4_value),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from jqx.errors import InputError
 
-from .elements import E2M1, E2M1_DOWN, E4M3, E8M0, FLOAT32, INT4, INT8, NF4, Element
+from .elements import E2M1, E2M1_DOWN, E3M2, E4M3, E8M0, FLOAT32, INT4, INT8, NF4, Element
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,9 @@ FORMATS = {
         Format("nvfp4_b32_fp8", E2M1, (1, 32), E4M3, 448.0, packing="columns"),
         Format("mxfp4", E2M1_DOWN, (1, 32), E8M0, packing="columns"),
         Format("mxfp8", E4M3, (1, 32), E8M0),
+        # for arithmetic alone: no layout of checkpoints has them
+        Format("mxfp6", E3M2, (1, 32), E8M0),
+        Format("mxint8", INT8, (1, 32), E8M0),
         Format("nf4", NF4, (1, 64), packing="columns_high", double_rounding=True),
     )
 }

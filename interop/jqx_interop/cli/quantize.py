@@ -105,6 +105,13 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would happen and what it costs; do nothing.")
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A new directory for a page about what became of every linear.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Quantize the checkpoint MODEL and write it to OUT.
@@ -133,6 +140,7 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         target=target,
         options=tuple(_pair(text) for text in set_ or ()),
         restart=restart,
+        report=report,
     )
     job = prepare(model, read_recipe(recipe) if recipe else qformat, settings)
     inputs = load_inputs(job)
@@ -144,8 +152,8 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         bars.note(_announcement(job))
         if err.is_terminal:
             bars.note(_forecast(make_plan(job, inputs.tokens, destination)))
-        report = run(job, destination, bars, inputs)
-    _show_report(report, as_json)
+        done = run(job, destination, bars, inputs)
+    _show_report(done, as_json)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -207,6 +215,8 @@ def _show_report(report: "Report", as_json: bool) -> None:
     if as_json:
         print_json(report.to_json())
         return
+    from jqx_interop.report_files import PAGE
+
     out.print(report.coverage.line, markup=False)
     ratio = report.output_bytes / report.source_bytes
     out.print(
@@ -214,3 +224,7 @@ def _show_report(report: "Report", as_json: bool) -> None:
         f"{report.bits:.2f} bits a parameter, in {duration(report.seconds)}",
         markup=False,
     )
+    if report.report is not None:
+        weights = "; no inputs could be had, so its errors are those of weights alone"
+        of = weights if report.errors_of == "weights" else ""
+        out.print(f"report: {Path(report.report) / PAGE}{of}", markup=False)
