@@ -18,9 +18,7 @@ def without_ending(glob: str, ending: str) -> tuple[str, ...]:
     for letter in reversed(ending):
         left |= {i - 1 for i in left if i and tokens[i - 1] == "*"}  # a star that matches nothing
         left = {found for i in left if i for found in _before(tokens, i, letter)}
-    # what a star at the end matches, it also matches without that star
-    kept = sorted(i for i in left if i + 1 not in left or tokens[i] != "*")
-    return tuple("".join(tokens[:i]) for i in kept)
+    return tuple("".join(tokens[:i]) for i in sorted(left))
 
 
 def _before(tokens: list[str], i: int, letter: str) -> list[int]:

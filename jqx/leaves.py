@@ -18,11 +18,13 @@ from jqx.calibration import input_scale
 from jqx.config import INPUT_FORMATS, Algorithm, Choice
 from jqx.errors import InputError
 from jqx.formats import find_format
+from jqx.selection import wanted_kinds
 from jqx.tensors import QTensor, Stats
 from jqx.tensors.layout import Layout, layout_of, to_matrices
 from jqx.transforms.axes import Axes
 from jqx.transforms.fake import Fake
 from jqx.transforms.inputs import Treatment
+from jqx_kernels.bits import divide
 
 
 def stored_leaf(
@@ -48,21 +50,79 @@ def stored_leaf(
     check_floats(path, w)
     treatment = _treatment(path, choice, axes, stats, needed=True)
     layout = layout_of(axes.shape, axes.contracted, axes.stack)
-    encode = partial(_encode, fmt=choice.weight, layout=layout, steps=steps)
-    fields = {
-        "input_scale": None if treatment is None else treatment.input_scale,
-        "input_format": choice.input,
-    }
+    known = inputs_of(path, choice, axes, steps, stats)
+    encode = partial(
+        _encode,
+        inputs=known,
+        fmt=choice.weight,
+        layout=layout,
+        steps=steps,
+        input_format=choice.input,
+    )
+    scale = None if treatment is None else treatment.input_scale
     w = jax.device_put(w)  # a tracer where something is traced
-    if isinstance(w, Tracer):
-        return encode(w)[0].replace(**fields)
-    q, finite = _on_cpu(encode, w)
+    try:
+        if isinstance(w, Tracer):
+            return _with_inputs(encode(w)[0], choice, scale)
+        q, finite = _on_cpu(encode, w)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     if not finite:
         raise InputError(
             f"{path} has NaN or infinite values, and no scale covers them: look at where the "
             "parameters come from"
         )
-    return _placed(q.replace(**fields), w)
+    return _placed(_with_inputs(q, choice, scale), w)
+
+
+def _with_inputs(q: QTensor, choice: Choice, scale: Any) -> QTensor:
+    """`q` with the format of its inputs, and their scale where the algorithm chose none."""
+    chosen = scale if q.input_scale is None else q.input_scale
+    return q.replace(input_format=choice.input, input_scale=chosen)
+
+
+def inputs_of(
+    path: str, choice: Choice, axes: Axes, steps: tuple[Algorithm, ...], stats: Stats | None
+) -> dict[str, Any]:
+    """What is known of the inputs of `path` and is needed, each with an axis for all members of its
+    stack.
+
+    Raises InputError if something is missing, or holds NaN, or if there were no tokens.
+    """
+    kinds = [kind for kind in wanted_kinds(choice, steps) if kind != "amax"]
+    if not kinds:
+        return {}
+    methods = ", ".join(step.method for step in steps)
+    have = {} if stats is None else stats.entries.get(path, {})
+    if missing := [kind for kind in kinds if kind not in have]:
+        raise InputError(
+            f"{path}: {methods} needs the statistics {', '.join(missing)} of its inputs: give "
+            "stats=jqx.calibrate(apply_fn, params, batches, cfg) with this cfg"
+        )
+    lead = tuple(axes.shape[a] for a in axes.stack)
+    found = {}
+    for kind in (*kinds, *(("amax",) if choice.static_input else ())):
+        value = jnp.asarray(have[kind])
+        if value.shape[: len(lead)] != lead:
+            raise InputError(
+                f"{path} has members {lead} along its stack axes {axes.stack}, and {kind} has the "
+                f"shape {value.shape}: calibrate the function whose axes these are"
+            )
+        _check_known(path, kind, value, have.get("tokens"))
+        found[kind] = value.reshape(-1, *value.shape[len(lead) :])
+    return found
+
+
+def _check_known(path: str, kind: str, value: Any, tokens: Any) -> None:
+    if isinstance(value, Tracer):
+        return
+    if not bool(jnp.all(jnp.isfinite(value))):
+        raise InputError(f"{path}: {kind} of its inputs holds NaN or infinities: calibrate again")
+    if tokens is not None and not isinstance(tokens, Tracer) and not np.all(np.asarray(tokens)):
+        raise InputError(
+            f"{path}: some member met no tokens while calibrating, so nothing can be chosen for "
+            'it: give more data, or take algorithm="max"'
+        )
 
 
 def check_floats(path: str, w: Any) -> None:
@@ -154,11 +214,52 @@ def _placed(q: QTensor, w: jax.Array) -> QTensor:
     return q if _is_on_cpu(w) else jax.tree.map(jnp.asarray, jax.device_get(q))
 
 
-@partial(jax.jit, static_argnames=("fmt", "layout", "steps"))
-def _encode(w: Any, fmt: str, layout: Layout, steps: tuple[Algorithm, ...]) -> tuple[QTensor, Any]:
+@partial(jax.jit, static_argnames=("fmt", "layout", "steps", "input_format"))
+def _encode(
+    w: Any,
+    inputs: dict[str, Any],
+    *,
+    fmt: str,
+    layout: Layout,
+    steps: tuple[Algorithm, ...],
+    input_format: str | None,
+) -> tuple[QTensor, Any]:
     """The stored form, and whether all numbers are finite."""
     matrices, row = to_matrices(w, layout), find_format(fmt)
-    one = lambda m: stored(calibrated(Linear(m), {}, fmt=row, steps=steps), row)  # noqa: E731
-    for _ in matrices.shape[:-2]:
-        one = jax.vmap(one)
-    return one(matrices).replace(layout=layout, dtype=w.dtype), jnp.isfinite(w).all()
+    lead = matrices.shape[:-2]
+    bound = None if input_format is None else INPUT_FORMATS[input_format].bound
+
+    def one(m: Any, known: dict[str, Any]) -> QTensor:
+        done = calibrated(Linear(m, input_amax=_amax_of(known)), known, fmt=row, steps=steps)
+        q = stored(done, row)
+        if bound is None or done.input_amax is None:
+            return q
+        return q.replace(input_scale=_input_scale(done.input_amax, input_format or ""))
+
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    # one after the other: what a search holds of a member is many times the member
+    q = one(flat[0], {k: v[0] for k, v in inputs.items()}) if not lead else _each(one, flat, inputs)
+    q = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), q) if lead else q
+    return q.replace(layout=layout, dtype=w.dtype), jnp.isfinite(w).all()
+
+
+def _each(one: Callable[..., Any], flat: Any, inputs: dict[str, Any]) -> Any:
+    if inputs:
+        return jax.lax.map(lambda member: one(*member), (flat, inputs))
+    return jax.vmap(lambda m: one(m, {}))(flat)
+
+
+def _amax_of(known: dict[str, Any]) -> Any:
+    if "amax" in known:
+        return known["amax"].astype(jnp.float32)
+    return jnp.max(known["channel_amax"]) if "channel_amax" in known else None
+
+
+def _input_scale(amax: Any, name: str) -> Any:
+    """`jqx.calibration.input_scale` of a number that may not be known yet."""
+    row = INPUT_FORMATS[name]
+    assert row.bound is not None
+    value = jnp.where(amax == 0, jnp.float32(row.code_max or row.bound), amax)
+    if row.code_max is None:
+        value = jnp.maximum(value, jnp.float32(np.finfo(np.float32).tiny))
+    return divide(value, row.bound)

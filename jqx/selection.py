@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from .algorithms.table import needed
 from .config import (
     INPUT_FORMATS,
     KEEP,
     KV_FORMATS,
+    Algorithm,
     Choice,
     QuantConfig,
     Rule,
@@ -66,6 +68,19 @@ def config_of(cfg: QuantConfig | str | Mapping[str, Any]) -> QuantConfig:
             raise InputError(f"{rule!r} among the rules is no Rule: write Rule(path_glob=...)")
         check_names(rule)
     return check_steps(cfg)
+
+
+MOMENTS = ("block_gram", "root")
+"""Kinds of statistics that follow from all second moments, "gram"."""
+
+
+def wanted_kinds(choice: Choice, steps: tuple[Algorithm, ...]) -> tuple[str, ...]:
+    """The kinds of statistics of its inputs that a parameter with this choice needs."""
+    found = dict.fromkeys(("amax",) if choice.static_input else ())
+    if choice.weight is not None:
+        asked = needed(steps, find_format(choice.weight))
+        found |= dict.fromkeys("gram" if kind in MOMENTS else kind for kind in asked)
+    return tuple(found)
 
 
 def choose(

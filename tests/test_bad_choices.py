@@ -151,7 +151,7 @@ AXES_TYPE = "for w: give the axes of (32, 16) that products sum over, an int or 
 def test_wrong_types_without_a_type_checker():
     told = [
         "batches is a NoneType: give an iterable of batches, [batch] for one",
-        "dict is no configuration: give a QuantConfig, or the name of a recipe",
+        "rules is a list of mappings such as {path_glob: '*mlp*', weight: fp8}",
         "Recipe is no configuration: give a QuantConfig, or the name of a recipe",
         "rules is a Rule: give a tuple, rules=(Rule(...),)",
         "'fp8' among the rules is no Rule: write Rule(path_glob=...)",

@@ -86,9 +86,11 @@ def by_hand(w, x, steps, element, order):
     return out
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("name", SMALL)
-def test_columns_are_rounded_as_in_the_paper(name, act_order):
+ORDERS = [(False, name) for name in SMALL] + [(True, "int8"), (True, "fp8_block"), (True, "nvfp4")]
+
+
+@pytest.mark.parametrize(("act_order", "name"), ORDERS)
+def test_columns_are_rounded_as_in_the_paper(act_order, name):
     w, x = problem()
     w = f32(jnp.asarray(w, jnp.bfloat16))
     got = run(w, x, name, Gptq(block_size=32, act_order=act_order))
@@ -134,7 +136,8 @@ def test_what_is_stored_decodes_to_the_weight_that_was_found(dtype, name):
 
 
 @pytest.mark.parametrize(
-    ("act_order", "name"), [*((False, name) for name in (*SMALL, "nf4")), (True, "nvfp4")]
+    ("act_order", "name"),
+    [*((False, name) for name in ("int4_b32", "fp8", "mxfp4", "mxfp8", "nf4")), (True, "nvfp4")],
 )
 def test_inputs_that_do_not_depend_on_each_other_leave_the_nearest(act_order, name):
     w, _ = problem()

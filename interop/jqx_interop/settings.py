@@ -63,9 +63,12 @@ def _check_new(folder: Path) -> None:
     try:
         here, taken = folder.resolve() == Path.cwd(), folder.exists() or folder.is_symlink()
         free = folder.is_dir() and not here and not any(folder.iterdir())
+        above = next(parent for parent in folder.resolve().parents if parent.exists())
     except OSError as error:
         raise InputError(one_line(f"report: {folder}: {error.strerror}")) from error
     if taken and not free:
         raise InputError(
             one_line(f"report: {folder} exists; name a new directory, or remove what is there")
         )
+    if not above.is_dir():
+        raise InputError(one_line(f"report: {folder}: {above} is a file; name another directory"))

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqx.config import INPUT_FORMATS, KV_FORMATS, QuantConfig
+from jqx.config import KV_FORMATS, QuantConfig
 from jqx.errors import InputError, nearest
-from jqx.selection import choose, config_of, kept, kinds
+from jqx.selection import choose, config_of, kept, kinds, wanted_kinds
 from jqx.tensors.stats import MERGES, Stats, kind_of
 from jqx.transforms.axes import Axes, axes_from, names_of
 from jqx.transforms.entries import Entry
@@ -25,6 +25,8 @@ from jqx.transforms.primitives import PRIMITIVES
 from .uses import REDUCTIONS
 
 Wanted = Mapping[str, tuple[str, ...]]
+OVER_BATCHES = {"channel_mean": "sum", "batches": "sum"}
+"""Kinds that are added up here in the order of batches, whatever merging two runs would do."""
 NEVER = int(np.iinfo(np.int32).max)
 
 
@@ -39,8 +41,9 @@ def calibrate(
 
     `batches`: any iterable; each is a tuple of arguments, and anything else is one argument. What
     is collected follows from `cfg`: the amax of the inputs to which it gives a stored scale, and of
-    keys and values. None: the amax of everything that is met. `statistics` are the rows of
-    `jqx.tensors.stats.KINDS` to collect instead: "amax", "channel_amax", "tokens".
+    keys and values, and what its algorithms need (second moments are [k, k] for k inputs). None:
+    the amax of everything that is met. `statistics` are the rows of `jqx.tensors.stats.KINDS` to
+    collect instead: "amax", "channel_amax", "channel_mean", "square", "gram", "tokens".
 
     Statistics of a stack (layers that are scanned or indexed, experts) have an entry a member.
     Each batch is one call of a jitted function, to which the accumulated statistics are donated;
@@ -62,6 +65,7 @@ def calibrate(
     if statistics is not None:
         wanted = {path: tuple(statistics) for path in wanted}
     entries, bad = _accumulated(apply_fn, params, batches, wanted)
+    entries = {path: _means(kinds) for path, kinds in entries.items()}
     _check_finite({use.path: bad[use.path] for use in seen.uses if use.path in bad})
     axes = {path: asdict(a) for path, a in found.items()}
     untracked = list(seen.untracked)
@@ -115,13 +119,10 @@ def _wanted(config: QuantConfig | None, found: Mapping[str, Axes], names: Sequen
         used = [path for path, axes in found.items() if set(axes.ops) & set(PRODUCTS)]
         return {path: ("amax",) for path in (*used, *names) if path in names or kinds(found[path])}
     chosen = choose(config, found, names)
-    static = [
-        path
-        for path, choice in chosen.items()
-        if choice.input is not None and INPUT_FORMATS[choice.input].bound is not None
-    ]
+    wanted = {path: wanted_kinds(choice, config.steps) for path, choice in chosen.items()}
     stored = [name for name, kv in kept(config, names).items() if not KV_FORMATS[kv].cast]
-    return dict.fromkeys((*static, *stored), ("amax",))
+    found_kinds = wanted | dict.fromkeys(stored, ("amax",))
+    return {path: kinds for path, kinds in found_kinds.items() if kinds}
 
 
 def _accumulated(
@@ -164,7 +165,7 @@ def _reduced(
     def collect(met: Met, walk: Walk) -> Entry | None:
         if met.use.op not in (*PRODUCTS, "name") or not met.active:
             return None
-        found = {kind: REDUCTIONS[kind](met) for kind in wanted.get(met.use.path, ())}
+        found = {kind: REDUCTIONS[kind](met) for kind in _collected(wanted.get(met.use.path, ()))}
         return entry(met, found, 0, walk.stacks, each=True) if found else None
 
     def reduced(mine: list[Any], arrays: list[Any]) -> dict[str, dict[str, Any]]:
@@ -174,13 +175,41 @@ def _reduced(
     return reduced
 
 
+def _collected(kinds: Sequence[str]) -> tuple[str, ...]:
+    """What is reduced of one batch; means need to know of how many tokens."""
+    return (*kinds, *(("tokens",) if "channel_mean" in kinds and "tokens" not in kinds else ()))
+
+
+def _means(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The statistics of all batches, every batch counting alike in the mean magnitudes."""
+    found = dict(kinds)
+    if "batches" in found:
+        count = jnp.maximum(found.pop("batches"), 1).astype(jnp.float32)
+        found["channel_mean"] = found["channel_mean"] / count[..., None]
+    return found
+
+
+def _of_batch(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """What one batch adds: of magnitudes their mean, and that a member met something."""
+    found = dict(kinds)
+    if "channel_mean" in found:
+        tokens = found["tokens"]
+        share = jnp.maximum(tokens, 1).astype(jnp.float32)[..., None]
+        found["channel_mean"] = found["channel_mean"] / share
+        found["batches"] = (tokens > 0).astype(jnp.int32)
+    return found
+
+
 def _merge_kinds(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    return {kind: MERGES[kind_of(kind).merge](a[kind], b[kind]) for kind in a}
+    """Of two uses in one batch: magnitudes are still sums here."""
+    rule = lambda kind: MERGES[OVER_BATCHES.get(kind) or kind_of(kind).merge]  # noqa: E731
+    return {kind: rule(kind)(a[kind], b[kind]) for kind in a}
 
 
 def _start(reduced: Reduced, mine: list[Any], arrays: list[Any]) -> Any:
     """The statistics of no batch, and for every path that no batch was bad."""
-    shapes = jax.eval_shape(reduced, mine, arrays)
+    batch = lambda *xs: {path: _of_batch(kinds) for path, kinds in reduced(*xs).items()}  # noqa: E731
+    shapes = jax.eval_shape(batch, mine, arrays)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return nothing, {path: jnp.int32(NEVER) for path in shapes}
 
@@ -190,7 +219,7 @@ def _step(reduced: Reduced) -> Callable[..., Any]:
 
     def step(total: Any, mine: list[Any], arrays: list[Any], index: Any) -> Any:
         entries, bad = total
-        new = reduced(mine, arrays)
+        new = {path: _of_batch(kinds) for path, kinds in reduced(mine, arrays).items()}
         first = {
             path: jnp.where(_finite(new[path]), b, jnp.minimum(b, jnp.int32(index)))
             for path, b in bad.items()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from jqx.errors import InputError
 from jqx.transforms.entries import vary, varying
 from jqx.transforms.interpret import Met
 from jqx.transforms.placing import by_member, channels, pieces_of
@@ -78,12 +79,83 @@ def _sharded_over(met: Met) -> frozenset[str]:
     return frozenset().union(*(varying(o) for o in offsets if not isinstance(o, int)))
 
 
+def magnitudes(met: Met) -> Float32[Array, "*members k"]:
+    """The sum of the magnitudes of each channel."""
+    return _by_rows(met, lambda rows: jnp.sum(jnp.abs(rows), axis=0))
+
+
+def square(met: Met) -> Float32[Array, "*members k"]:
+    """The sum of squares of each channel."""
+    return _by_rows(met, lambda rows: jnp.sum(rows * rows, axis=0))
+
+
+def gram(met: Met) -> Float32[Array, "*members k k"]:
+    """The second moments of all channels."""
+    return _by_rows(met, lambda rows: jnp.matmul(rows.T, rows, precision=lax.Precision.HIGHEST))
+
+
+def block_gram(met: Met, block: int) -> Float32[Array, "*members blocks b b"]:
+    """The second moments within blocks of `block` channels."""
+
+    def one(rows: Float32[Array, "tokens k"]) -> Float32[Array, "blocks b b"]:
+        parts = rows.reshape(rows.shape[0], -1, block)
+        return jnp.einsum("tki,tkj->kij", parts, parts, precision=lax.Precision.HIGHEST)
+
+    return _by_rows(met, one)
+
+
+def _by_rows(
+    met: Met, one: Callable[[Float32[Array, "tokens k"]], Float32[Array, "..."]]
+) -> Float32[Array, "..."]:
+    """`one` of the rows that every member meets. Raises InputError for a convolution, and for a
+    product over a part of the channels: what channels have to do with each other is not seen then.
+    """
+    use = met.use
+    if use.op not in ("dot", "ragged_dot") or channels(met) is not None:
+        how = "a convolution" if use.op == "conv" else "a product over a part of its channels"
+        raise InputError(
+            f"{use.path} is used in {how}, which gives no moments of all its inputs: take an "
+            f'algorithm that needs none ("max") for it, or leave it out with '
+            f'Rule(path_glob="{use.path}", weight=None, input=None)'
+        )
+    if met.groups is not None:
+        return _in_groups(met, one)
+    each = by_member(met, met.x).astype(jnp.float32)
+    flat = each.reshape(-1, *each.shape[-2:])
+    found = jax.vmap(one)(flat)
+    return found.reshape(*each.shape[:-2], *found.shape[1:])
+
+
+def _in_groups(
+    met: Met, one: Callable[[Float32[Array, "tokens k"]], Float32[Array, "..."]]
+) -> Float32[Array, "groups ..."]:
+    """`one` of the rows of every group, the others being zeros: they add nothing to sums."""
+    axes = [met.ragged, *(i for i in range(met.x.ndim) if i != met.ragged)]
+    axes = [a for a in axes if a not in met.use.activation_axes] + [*met.use.activation_axes]
+    k = math.prod(met.x.shape[a] for a in met.use.activation_axes)
+    rows = jnp.transpose(met.x, axes).reshape(met.x.shape[met.ragged], -1, k).astype(jnp.float32)
+    ends = jnp.cumsum(met.groups)
+    at = jnp.arange(rows.shape[0], dtype=ends.dtype)
+
+    def of_group(group: tuple[Array, Array]) -> Float32[Array, "..."]:
+        size, end = group
+        mine = ((at >= end - size) & (at < end))[:, None, None]
+        return one(jnp.where(mine, rows, jnp.float32(0)).reshape(-1, k))
+
+    return lax.map(of_group, (met.groups, ends))
+
+
 REDUCTIONS: dict[str, Callable[[Met], Any]] = {
     "amax": input_amax,
     "channel_amax": channel_amax,
     "tokens": tokens,
+    "channel_mean": magnitudes,
+    "square": square,
+    "gram": gram,
 }
-"""Kind of statistic -> reduction of one use."""
+"""Kind of statistic -> reduction of one use. That of "channel_mean" are sums, which the batch's
+tokens divide when it is complete.
+"""
 
 
 def _columns(x: Float[Array, "members tokens k"]) -> Float32[Array, "members k"]:
