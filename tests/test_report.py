@@ -32,7 +32,7 @@ from jqx_interop.report_plot import lines, plain, plot_errors
 from jqx_interop.report_rows import places_of, totals
 from jqx_interop.settings import Settings
 
-AWQ = "extends: int4\nalgorithm: awq_lite\nrules:\n  - {path_glob: '*', weight: int4_b32, kind: linear}\n"
+AWQ = "extends: int4\nalgorithm: awq_lite\nrules:\n  - {path_glob: '*_proj*', weight: int4_b32}\n"
 READERS = {
     "q": "input",
     "k": "input",
@@ -62,10 +62,11 @@ def inputs_of(model: Path, path: Path) -> dict[str, np.ndarray]:
             parent, _, leaf = name.removesuffix(".weight").rpartition(".")
             norm = READERS.get(leaf.removesuffix("_proj"), leaf)
             shape = (2, 3, 20, w.shape[1])
-            x = recorded.setdefault((parent, norm), rng.standard_normal(shape, np.float32))
-            x[..., ::17] *= 8
+            drawn = rng.standard_normal(shape, np.float32)
+            drawn[..., ::17] *= 8
+            x = recorded.setdefault((parent, norm), drawn)
             for i, batch in enumerate(x):
-                found[f"{parent}.{leaf}|{i}"] = batch.copy()
+                found[f"{parent}.{leaf}|{i}"] = batch.astype(w.dtype)
     save_file(found, path)
     paths = dict.fromkeys(key.partition("|")[0] for key in found)
     return {p: np.concatenate([found[f"{p}|0"], found[f"{p}|1"]]) for p in paths}

@@ -3,6 +3,7 @@
 the order of the data.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from jqx.errors import InputError
 from jqx.formats import find_format
 
 from .job import Job
+
+BLOCK = 128
+"""Channels whose moments are kept together: those of smaller blocks are among them."""
 
 Readers = Mapping[str, tuple[str, ...]]
 """Linear that stands for an input -> all linears that read it."""
@@ -36,17 +40,20 @@ def readers(job: Job, unit: int) -> dict[str, tuple[str, ...]]:
 def wanted_of(job: Job, members: Iterable[str], tokens: int) -> Wanted:
     """What is collected of the input of `members`, of which there are `tokens` in all: the tokens
     themselves instead of second moments where they are fewer than channels.
+
+    Every kind is collected by itself and in one way, whatever else is: so what was kept for many
+    recipes gives the bytes of each.
     """
     members = tuple(members)
     kinds = dict.fromkeys(kind for path in members for kind in job.wanted(path))
     width = job.modules[members[0]].shape[1]
-    blocks = {find_format(job.choices[p].weight or "").block[1] or width for p in members}
-    block = max(blocks)
-    if any(block % b for b in blocks):
-        block = width
-    if "gram" in kinds or ("block_gram" in kinds and block == width):
-        kinds = {k: None for k in kinds if k not in ("gram", "block_gram", "square")}
-        kinds["root" if tokens < width else "gram"] = None
+    block = math.gcd(width, BLOCK)
+    blocks = [find_format(job.choices[p].weight or "").block[1] or width for p in members]
+    if "block_gram" in kinds and any(block % b for b in blocks):
+        kinds |= {"gram": None}
+        del kinds["block_gram"]
+    if "gram" in kinds and tokens < width:
+        kinds = {"root" if kind == "gram" else kind: None for kind in kinds}
     return Wanted(tuple(kinds), width, block, tokens)
 
 

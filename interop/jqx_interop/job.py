@@ -83,6 +83,10 @@ class Job:
     inventory: Inventory
     choices: Mapping[str, Choice]
     outputs: tuple[TensorOut, ...]
+    asked: Mapping[str, tuple[str, ...]] | None = None
+    """Kinds of statistics by linear where they are collected for several recipes; None: those of
+    this one.
+    """
 
     @cached_property
     def modules(self) -> dict[str, Module]:
@@ -96,13 +100,16 @@ class Job:
 
     def wanted(self, path: str) -> tuple[str, ...]:
         """The kinds of statistics that one linear needs of its inputs."""
+        if self.asked is not None:
+            return self.asked.get(path, ())
         found = wanted_kinds(self.config, self.choices[path])
         return tuple(dict.fromkeys((*found, "gram"))) if self.reports_outputs else found
 
     @property
     def reports_outputs(self) -> bool:
         """Whether the errors of outputs are measured: where asked for, and inputs can be had."""
-        can = self.spec is not None or self.settings.activations is not None
+        given = (self.settings.activations, self.settings.stats)
+        can = self.spec is not None or any(source is not None for source in given)
         return self.settings.report is not None and can
 
     @cached_property
@@ -169,7 +176,8 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
     kv = find_kv(settings.kv_cache) or row.kv_cache
     config = with_kv(apply_options(row.config, settings), kv)
     data_free = not calibrated(config) and (kv is None or KV_FORMATS[kv].cast)
-    spec = _spec(checkpoint, must=not data_free and settings.activations is None)
+    recorded = settings.activations is not None or settings.stats is not None
+    spec = _spec(checkpoint, must=not data_free and not recorded)
     if spec is not None:
         check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
         spec = own_head(checkpoint, spec)
@@ -204,7 +212,8 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
 def _refuse_unreached(job: Job) -> None:
     """Calibration runs the blocks, so it meets no inputs of linears outside of them."""
     inside = {name for unit in job.inventory.blocks for name in job.inventory.units[unit]}
-    for path, choice in job.choices.items() if job.settings.activations is None else ():
+    recorded = job.settings.activations is not None or job.settings.stats is not None
+    for path, choice in job.choices.items() if not recorded else ():
         if wanted_kinds(job.config, choice) and path + ".weight" not in inside:
             raise InputError(
                 f"the inputs of {path} are not calibrated here, only those of linears in blocks; "

@@ -38,6 +38,7 @@ from .recorded import Recorded
 from .report import Report, report_of
 from .report_files import check_apart, publish_report, stage_report
 from .runner import BlockStats, Runner
+from .saved_stats import SavedStats
 from .searched import Facts
 from .settings import Settings
 from .units import Finisher
@@ -45,10 +46,11 @@ from .units import Finisher
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """Where the statistics of a job come from; both None where none are needed."""
+    """Where the statistics of a job come from; all None where none are needed."""
 
     calibration: CalibrationSet | None = None
     activations: Activations | None = None
+    saved: SavedStats | None = None
 
     @property
     def tokens(self) -> int:
@@ -93,6 +95,8 @@ def load_inputs(job: Job) -> Inputs:
             raise InputError(f"{given}: no such file; give calibration data that is on this disk")
     if not (job.needs_inputs or job.needs_kv):
         return Inputs()
+    if job.settings.stats is not None:
+        return Inputs(saved=SavedStats(job, job.settings.stats))
     if job.settings.activations is not None:
         return Inputs(activations=Activations(job.settings.activations))
     assert job.spec is not None
@@ -164,6 +168,7 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         "target": job.settings.target,
         "calibration": inputs.calibration.digest if inputs.calibration else None,
         "activations": inputs.activations.digest if inputs.activations else None,
+        "stats": inputs.saved.digest if inputs.saved else None,
         "compute": repr(compute_of(job.settings.compute, job.dtype)),
         "batch_size": job.settings.batch_size,
         "max_shard_size": parse_size(job.settings.max_shard_size),
@@ -192,7 +197,7 @@ def _work(
     """Finish every unit that is not finished yet. Returns what is known of all linears."""
     done = {record["unit"] for record in records if "unit" in record}
     left = [unit for unit in range(len(job.inventory.units)) if unit not in done]
-    source = _source(job, inputs, space, progress)
+    source = source_of(job, inputs, space, progress)
     source.prepare(left, records)
     by_bytes = inputs.calibration is None
     if by_bytes:
@@ -237,7 +242,10 @@ class NoStatistics:
         return BlockStats(), {}
 
 
-def _source(job: Job, inputs: Inputs, space: Workspace, progress: Progress) -> Source:
+def source_of(job: Job, inputs: Inputs, space: Workspace, progress: Progress) -> Source:
+    """Where the statistics of the units of a job come from."""
+    if inputs.saved is not None:
+        return inputs.saved
     if inputs.activations is not None:
         return Recorded(job, inputs.activations)
     if inputs.calibration is None:

@@ -19,7 +19,8 @@ class Settings:
     """Choices of one run. Sizes are bytes or text such as "4GiB" or "10GB".
 
     `calib`: calibration data (None: the bundled text); `activations`: a file of recorded inputs of
-    linears, used instead of running the model; `calib_size` sequences of `calib_seq` tokens, or
+    linears, used instead of running the model; `stats`: a directory of statistics that were
+    collected before (`jqx calibrate`), likewise; `calib_size` sequences of `calib_seq` tokens, or
     of as many as the model was made for if that is less;
     `batch_size` sequences at a time (0: chosen); `max_memory`: above it, hidden states live in a
     memory-mapped file; `compute`: "auto", "float32" or "bf16"; `options`: what `--set` changes in
@@ -30,6 +31,7 @@ class Settings:
     kv_cache: str = "none"
     calib: str | Path | None = None
     activations: str | Path | None = None
+    stats: str | Path | None = None
     calib_size: int = 512
     calib_seq: int = 512
     batch_size: int = 0

@@ -272,9 +272,9 @@ def scales_at(
 def _error(w: Float[Array, "n k"], s: Float32[Array, "k"], fmt: Format) -> Float32[Array, "n k"]:
     """How far the scaled and rounded weight is off once its inputs are scaled back."""
     wide = w.astype(jnp.float32)
-    up = (wide * round_to(s, w.dtype)).astype(w.dtype)
+    up = (wide * round_to(s, w.dtype)[None, :]).astype(w.dtype)
     down = round_to(divide(jnp.ones_like(s), s), w.dtype)
-    return simulate(up, fmt).astype(jnp.float32) * down - wide
+    return simulate(up, fmt).astype(jnp.float32) * down[None, :] - wide
 
 
 def _clipped(

@@ -76,7 +76,7 @@ def smoothed(
     dtype = linear.weight.dtype
     wide = linear.weight.astype(jnp.float32)
     inverse = divide(jnp.ones_like(p), p)
-    weight = (wide * inverse).astype(dtype)
+    weight = (wide * inverse[None, :]).astype(dtype)
     scale = p
     if linear.pre_quant_scale is not None:
         scale = linear.pre_quant_scale.astype(jnp.float32) * p

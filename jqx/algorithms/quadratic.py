@@ -68,7 +68,7 @@ def scaled(stats: InputStats, p: Float32[Array, "k"]) -> InputStats:
     out = {kind: value for kind, value in stats.items() if kind != "rounded_gram"}
     factors = {
         "gram": lambda g: g * p[:, None] * p[None, :],
-        "root": lambda r: r * p,
+        "root": lambda r: r * p[None, :],
         "square": lambda s: s * p * p,
         "channel_amax": lambda a: a * p,
         "channel_mean": lambda a: a * p,

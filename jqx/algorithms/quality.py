@@ -31,7 +31,7 @@ def measure(
         outer, inner = (part.astype(jnp.float32) for part in q.low_rank)
         found = found + jnp.matmul(outer, inner, precision=jax.lax.Precision.HIGHEST)
     if inputs is not None:
-        found = found * inputs.astype(jnp.float32)
+        found = found * inputs.astype(jnp.float32)[None, :]
     if rows is not None:
         found = divide(found, rows.astype(jnp.float32)[:, None])
     d = found - wide

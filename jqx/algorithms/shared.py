@@ -56,7 +56,7 @@ def _one_factor(members: list[Linear]) -> list[Linear]:
 def _moved(linear: Linear, old: Float[Array, "k"], new: Float[Array, "k"]) -> Linear:
     """`linear` with the factor `new` for its inputs in place of `old`."""
     dtype = linear.weight.dtype
-    weight = divide(linear.weight.astype(jnp.float32) * old, new).astype(dtype)
+    weight = divide(linear.weight.astype(jnp.float32) * old[None, :], new[None, :]).astype(dtype)
     same = jnp.all(old == new)
     kept = {"weight": jnp.where(same, linear.weight, weight)}
     for field in ("amax", "tensor_amax"):  # chosen for the weight before
@@ -84,7 +84,7 @@ def _one_low_rank(
     for member, p in zip(members, old, strict=True):
         assert member.low_rank is not None
         wide = member.weight.astype(jnp.float32) + product(*member.low_rank)
-        whole.append(wide * divide(p, new))
+        whole.append(wide * divide(p, new)[None, :])
         rank = member.low_rank[1].shape[0]
     joint, dtype = jnp.concatenate(whole), members[0].weight.dtype
     outer, inner = low_rank(joint, rank)

@@ -22,6 +22,7 @@ from .shards import ShardPlan as ShardPlan
 from .shards import TensorOut as TensorOut
 from .shards import index_json as index_json
 from .shards import parse_size as parse_size
+from .shards import plan_file as plan_file
 from .shards import plan_shards as plan_shards
 from .workspace import Workspace as Workspace
 from .write import ShardWriter as ShardWriter

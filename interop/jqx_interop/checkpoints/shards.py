@@ -101,14 +101,15 @@ def plan_shards(
         raise ValueError(f"{len(names)} tensors with {len(set(names))} names cannot be planned")
     stem, count = SINGLE.removesuffix(".safetensors"), len(shards)
     if count == 1:
-        return (_plan(SINGLE, shards[0]),)
+        return (plan_file(SINGLE, shards[0]),)
     return tuple(
-        _plan(f"{stem}-{i:05d}-of-{count:05d}.safetensors", shard)
+        plan_file(f"{stem}-{i:05d}-of-{count:05d}.safetensors", shard)
         for i, shard in enumerate(shards, 1)
     )
 
 
-def _plan(file: str, shard: list[TensorOut]) -> ShardPlan:
+def plan_file(file: str, shard: Iterable[TensorOut]) -> ShardPlan:
+    """All these tensors in one file."""
     ordered = sorted(shard, key=lambda t: (RANK[t.dtype], t.name))
     header = encode_header((t.name, t.dtype, t.shape) for t in ordered)
     starts, position = [], len(header)

@@ -16,7 +16,7 @@ import typer
 
 from jqx.errors import InputError
 
-from . import compare, demo, generate, inspect, quantize, tables
+from . import calibrate, compare, demo, generate, inspect, quantize, tables
 from .console import err
 from .eval import evaluate
 
@@ -59,6 +59,9 @@ app = typer.Typer(
 app.command(rich_help_panel="Start")(told(demo.demo))
 app.command(rich_help_panel="Quantize")(
     told(quantize.quantize, "interrupted; the same command goes on where it was")
+)
+app.command(rich_help_panel="Quantize")(
+    told(calibrate.calibrate, "interrupted; the same command goes on where it was")
 )
 app.command(rich_help_panel="Look")(told(inspect.inspect))
 app.command(rich_help_panel="Look")(told(compare.compare))

@@ -83,6 +83,12 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
             help="Recorded inputs of linears (safetensors): no model is run.", rich_help_panel=DATA
         ),
     ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            help="Statistics that `jqx calibrate` wrote: no model is run.", rich_help_panel=DATA
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(help="Sequences at a time; 0 chooses.", rich_help_panel=HOW)
     ] = 0,
@@ -130,6 +136,7 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         kv_cache=kv_cache,
         calib=calib,
         activations=activations,
+        stats=stats,
         calib_size=calib_size,
         calib_seq=calib_seq,
         batch_size=batch_size,

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of inputs on disk, used for every recipe that they suffice for.
+
+    STATS/stats.safetensors    "<linear>|<kind>", one entry for all linears that read one input
+    STATS/stats.json           which linears read which input, and digests of model and data
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jqx.calibration.histograms import FIRST_BINS
+from jqx.config import KV_FORMATS
+from jqx.errors import InputError
+from jqx.recipes import find_kv
+
+from .checkpoints import digest
+from .checkpoints.layout import read_header
+from .checkpoints.mapped import MappedTensors
+from .job import Job
+from .runner import BlockStats
+
+FILE, FACTS = "stats.safetensors", "stats.json"
+VERSION = 1
+
+
+class SavedStats:
+    """Statistics that were written by `collect`, as the source of a job's."""
+
+    def __init__(self, job: Job, folder: str | Path):
+        """Open them. Raises InputError if they are of another model, or if what the job needs is
+        not among them, with the command that collects it.
+        """
+        self._job, self.path = job, Path(folder)
+        self.facts = _read_facts(self.path)
+        if self.facts.get("model") != digest(job.checkpoint):
+            raise InputError(
+                f"{folder}: statistics of another model than {job.checkpoint.path}; collect them "
+                f"again: jqx calibrate {job.checkpoint.path} STATS"
+            )
+        header = read_header(self.path / FILE)
+        if header.problems:
+            raise InputError(f"{self.path / FILE}: {'; '.join(header.problems)}")
+        self._names = {tensor.name for tensor in header.tensors}
+        self._mapped = MappedTensors(header.tensors)
+        self._check()
+
+    @property
+    def digest(self) -> str:
+        """What identifies the data they came from."""
+        return json.dumps({k: self.facts.get(k) for k in ("calibration", "activations", "tokens")})
+
+    def _check(self) -> None:
+        job = self._job
+        for path in job.choices:
+            for kind in job.wanted(path):
+                if self._name(path, kind) is None:
+                    methods = ", ".join(step.method for step in job.config.steps)
+                    raise InputError(
+                        f"{self.path} has no {kind!r} of the inputs of {path}, which {methods} "
+                        f"with {job.choices[path].weight} needs; collect it: jqx calibrate "
+                        f"{job.checkpoint.path} STATS --qformat {job.recipe.name}"
+                    )
+        kept = self.facts.get("kv")
+        if job.needs_kv and (kept is None or _affine(kept) != job.kv_format.affine):
+            raise InputError(
+                f"{self.path} has no statistics for --kv-cache {job.kv} (it has {kept}); collect "
+                f"them: jqx calibrate {job.checkpoint.path} STATS --kv-cache {job.kv}"
+            )
+
+    def _name(self, path: str, kind: str) -> str | None:
+        """The tensor with a statistic: that of the linear, or of the one that stands for its
+        input; the tokens themselves do for second moments.
+        """
+        leader = self.facts.get("readers", {}).get(path, path)
+        kinds = (kind, "root") if kind == "gram" else (kind,)
+        names = (f"{p}|{k}" for k in kinds for p in (path, leader))
+        return next((name for name in names if name in self._names), None)
+
+    def prepare(self, left: list[int], records: list[dict[str, Any]]) -> None:
+        """Nothing to do: units do not depend on each other."""
+
+    def of_unit(self, unit: int) -> tuple[BlockStats, dict[str, Any]]:
+        """The statistics of the linears in one unit."""
+        job, inside = self._job, set(self._job.inventory.units[unit])
+        inputs: dict[str, dict[str, Any]] = {}
+        known: dict[str, Any] = {}
+        for path in job.choices:
+            if path + ".weight" not in inside:
+                continue
+            wanted = job.wanted(path)
+            names = [self._name(path, kind) for kind in wanted]
+            for name in names:
+                if name is not None and name not in known:
+                    known[name] = self._read(name)
+            inputs[path] = {n.rpartition("|")[2]: known[n] for n in names if n is not None}
+        kv = {}
+        for attention in job.attentions if job.needs_kv else ():
+            if attention.unit == unit:
+                kv = {f"{attention.path}.{n}": self._kv(f"{attention.path}.{n}") for n in "kv"}
+        return BlockStats(inputs=inputs, kv=kv), {}
+
+    def _read(self, name: str) -> Any:
+        array = self._mapped.read(name)
+        if name.endswith("|histogram"):
+            used = int(np.max(np.nonzero(array)[0], initial=0)) + 1
+            array = array[: max(FIRST_BINS, -(-used // FIRST_BINS) * FIRST_BINS)]
+        value = np.asarray(array).copy() if array.ndim == 0 else jnp.asarray(np.array(array))
+        self._mapped.release(name)
+        return value
+
+    def _kv(self, path: str) -> tuple[float, np.ndarray | None]:
+        bias = f"{path}|affine_bias"
+        found = np.array(self._mapped.read(bias)) if bias in self._names else None
+        return float(self._mapped.read(f"{path}|amax")), found
+
+
+def _affine(kv: str) -> bool:
+    name = find_kv(kv)
+    return name is not None and KV_FORMATS[name].affine
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / FACTS
+    if not path.is_file() or not (folder / FILE).is_file():
+        raise InputError(
+            f"{folder} holds no statistics ({FACTS} and {FILE}): jqx calibrate writes them"
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(facts, dict) or facts.get("jqx_stats") != VERSION:
+        raise InputError(f"{path} describes no statistics of a layout known here; calibrate again")
+    return facts
