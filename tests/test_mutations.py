@@ -18,19 +18,19 @@ from jqx.transforms.rearrange import VIEWS
 CASES = {**zoo_constructs.CASES, **zoo_sharded.CASES, **zoo_models.CASES}
 
 SPELLINGS = {
-    "checkpoint": "remat2",
-    "remat": "remat2",
-    "pjit": "jit",
-    "copy_p": "copy",
-    "pcast": "pvary",
-    "ragged_dot": "ragged_dot_general",
-    "expand_dims": "broadcast_in_dim",
-    "core_call": "closed_call",
-    "closed_call": "eval_jaxpr",
-    "eval_jaxpr": "closed_call",
+    "checkpoint": ("remat2",),
+    "remat": ("remat2",),
+    "pjit": ("jit",),
+    "copy_p": ("copy",),
+    "pcast": ("pvary",),
+    "ragged_dot": ("ragged_dot_general",),
+    "expand_dims": ("broadcast_in_dim",),
+    "core_call": ("closed_call", "eval_jaxpr"),
+    "closed_call": ("eval_jaxpr",),
+    "eval_jaxpr": ("closed_call",),
 }
 """Names of primitives that some versions of JAX do not have -> the names of what they have instead,
-for which the rule is the same.
+one or another, for which the rule is the same.
 """
 
 
@@ -78,8 +78,8 @@ def is_noticed(primitive, remove):
     """
     cases = having(primitive)
     if not cases:
-        other = SPELLINGS[primitive]
-        return bool(having(other)) and PRIMITIVES[primitive] is PRIMITIVES[other]
+        others = [other for other in SPELLINGS[primitive] if having(other)]
+        return any(PRIMITIVES[primitive] is PRIMITIVES[other] for other in others)
     whole = {name: seen_with_all_rules(name) for name in cases}
     remove()
     return any(seen(name) != whole[name] for name in cases)

@@ -65,7 +65,7 @@ class AwqClip:
     @property
     def ratios(self) -> np.ndarray:
         """The shares in ascending order, 1 included."""
-        count = round((1 - self.min_clip_ratio) / self.shrink_step)
+        count = int(np.ceil((1 - self.min_clip_ratio) / self.shrink_step - 1e-9))
         found = self.min_clip_ratio + self.shrink_step * np.arange(count + 1)
         return np.minimum(found, 1.0).astype(np.float32)
 
@@ -242,7 +242,12 @@ def awq_full(linear: Linear, fmt: Format, stats: InputStats, params: AwqFull) ->
     p = done.pre_quant_scale.astype(jnp.float32)
     if linear.pre_quant_scale is not None:
         p = divide(p, linear.pre_quant_scale.astype(jnp.float32))
-    return awq_clip(done, fmt, scaled(stats, p), params.clip)
+    seen = scaled(stats, p)
+    if fmt.block[1] is not None:
+        # clipping looks at the inputs once more, as they come from the rounded factor
+        met = round_to(seen["channel_amax"], done.weight.dtype)
+        done = done._replace(input_amax=jnp.max(met))
+    return awq_clip(done, fmt, seen, params.clip)
 
 
 def column_magnitudes(w: Float[Array, "n k"], fmt: Format) -> Float32[Array, "k"]:

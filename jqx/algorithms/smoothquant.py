@@ -4,7 +4,8 @@
     p = w^(1 - alpha) / x^alpha        x: largest magnitude of an input channel, w: of a column
     y = (x p) (W / p)^T
 
-(Xiao et al. 2022, arXiv 2211.10438; the limits and roundings of ModelOpt 0.47.)
+(Xiao et al. 2022, arXiv 2211.10438; the limits and roundings of ModelOpt 0.47, which takes the
+power of w in the dtype of the weight.)
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from jqx.errors import InputError
 from jqx.formats import Format, block_amax
-from jqx_kernels.bits import divide
+from jqx_kernels.bits import divide, round_to
 
 from .linear import InputStats, Linear, known, smoothed
 from .power import power
@@ -50,8 +51,8 @@ def smoothquant(linear: Linear, fmt: Format, stats: InputStats, params: SmoothQu
         )
     x, w = known(stats, "channel_amax", "smoothquant"), linear.weight
     columns = block_amax(w, (None, 1))[0]
-    s = divide(power(columns, jnp.float32(1 - params.alpha)), power(x, jnp.float32(params.alpha)))
+    top = round_to(power(columns, jnp.float32(1 - params.alpha)), w.dtype)
+    s = divide(top, power(x, jnp.float32(params.alpha)))
     s = jnp.where((jnp.min(s) <= NONE) & (x <= NONE), jnp.float32(1), s)
-    s = jnp.where(x == 0, jnp.float32(MOST), s)  # where nothing was met the quotient has no value
     s = jnp.clip(s, jnp.float32(LEAST), jnp.float32(MOST))
     return smoothed(linear, s, x).told(alpha=jnp.float32(params.alpha))
