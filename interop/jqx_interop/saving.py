@@ -31,9 +31,9 @@ from .checkpoints import (
 from .describe import describe
 from .inventory import SCALED_EMBEDDINGS
 from .model import Model
-from .saving_checks import Content, content_of
+from .saving_checks import Content, beside_codes, content_of
 from .stored_checks import kv_tensors, linear_shapes
-from .targets import TARGETS, companions, input_factor
+from .targets import TARGETS, companions
 
 
 def save(
@@ -73,8 +73,7 @@ def _outputs(spec: ModelSpec, content: Content, target: str) -> Iterator[TensorO
         given = (choice.weight, shapes[f"{path}.weight"], content.dtype, q.input_scale is not None)
         weight, *groups[path] = outputs(path, *given)
         first[weight.name] = weight
-        if q.pre_quant_scale is not None:
-            groups[path].append(input_factor(path, q.shape, content.dtype))
+        groups[path] += beside_codes(path, q, content.dtype)
     for tensor in kv_tensors(spec, content.dtype):
         path = tensor.name.rpartition(".")[0].rpartition(".")[0]
         groups.setdefault(path, []).append(tensor)

@@ -18,9 +18,9 @@ from jqx.models import ModelSpec, block_prefix, input_groups, kinds, param_shape
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
 
-from .checkpoints import DTYPES, refuse
+from .checkpoints import DTYPES, TensorOut, refuse
 from .stored_checks import kv_tensors, linear_shapes
-from .targets import find_algo, input_factor, named, outputs
+from .targets import find_algo, input_factor, low_rank_factors, named, outputs
 from .targets.modelopt import Algo
 
 WAY_OUT = "Save the tree that load gave, or one like it."
@@ -61,6 +61,7 @@ def content_of(spec: ModelSpec, params: Mapping[str, Any]) -> Content:
                 choices[path] = found
             else:
                 problems.append(f"{path} {found}")
+    choices = _named_alike(choices)
     problems += _fused_apart(spec, stored, choices)
     if spec.kv_cache is not None and not stored:
         problems.append("keys and values are quantized and no linear is: there is no name for that")
@@ -89,14 +90,34 @@ def _choice_of(q: QTensor, dtype: np.dtype) -> Choice | str:
         return (
             f"is contracted over {q.columns} of {q.ndim} axes; a checkpoint has weights [out, in]"
         )
-    if q.low_rank is not None:
-        return "has a low-rank part, which no layout here holds"
-    name = _name_of(q.format)
-    choice = Choice(weight=name, input=q.input_format)
-    algo = find_algo(choice) if name else None
-    if name is None or algo is None:
+    plain = Choice(weight=_name_of(q.format), input=q.input_format)
+    factor = None if q.pre_quant_scale is None else "awq"
+    choice = replace(plain, variant=factor if q.low_rank is None else "svd")
+    algo = find_algo(choice) or find_algo(plain)
+    if plain.weight is None or algo is None:
         return f"is stored as {q.format.name} with {q.input_format} inputs, which has no name"
-    return _parts(q, choice, algo, dtype) or choice
+    return _parts(q, choice, algo, dtype) or (plain if algo is find_algo(plain) else choice)
+
+
+def _named_alike(choices: Mapping[str, Choice]) -> dict[str, Choice]:
+    """The same, a linear with nothing beside its codes under the name of those that have its
+    formats: what it had was folded into what comes before.
+    """
+    variants: dict[Choice, set[str]] = {}
+    for choice in choices.values():
+        if choice.variant is not None:
+            variants.setdefault(replace(choice, variant=None), set()).add(choice.variant)
+    only = {plain: replace(plain, variant=min(v)) for plain, v in variants.items() if len(v) == 1}
+    return {path: only.get(choice, choice) for path, choice in choices.items()}
+
+
+def beside_codes(path: str, q: QTensor, dtype: np.dtype) -> list[TensorOut]:
+    """The tensors of a linear that not all of its format have, in a model of `dtype`."""
+    found = [] if q.pre_quant_scale is None else [input_factor(path, q.shape, dtype)]
+    if q.low_rank is not None:
+        rank = (*np.shape(q.low_rank[1]), 0)[0]
+        found += low_rank_factors(path, q.shape, rank, dtype)
+    return found
 
 
 def _name_of(fmt: Format) -> str | None:
@@ -119,12 +140,12 @@ def _parts(q: QTensor, choice: Choice, algo: Algo, dtype: np.dtype) -> str | Non
         return f"has an input_scale, and {choice.input} inputs have none"
     if q.pre_quant_scale is not None and not algo.smoothed:
         return f"has a pre_quant_scale, which {algo.quant_algo} does not store"
+    if q.low_rank is not None and not algo.low_rank:
+        return f"has a low-rank part, which {algo.quant_algo} does not store"
     if (have := tuple(q.scale.shape)) != (grid := grid_shape(q.format, q.shape)):
         return f"has scales of shape {have}, {q.format.name} has {grid} for {q.shape}"
-    wanted = {t.name: t for t in outputs("q", choice.weight or "", q.shape, dtype, static)}
-    if q.pre_quant_scale is not None:
-        factor = input_factor("q", q.shape, dtype)
-        wanted[factor.name] = factor
+    found = outputs("q", choice.weight or "", q.shape, dtype, static)
+    wanted = {t.name: t for t in (*found, *beside_codes("q", q, dtype))}
     for name, array in named("q", q).items():
         leaf, want = name.removeprefix("q."), wanted[name]
         dtype, shape = np.dtype(getattr(array, "dtype", float)), np.shape(array)

@@ -16,9 +16,9 @@ from jqx.models import ModelSpec, block_prefix, kinds, param_shapes
 
 from .checkpoints import Checkpoint, TensorInfo, TensorOut, dtype_name
 from .inventory import FLOATS
-from .targets import find_algo, input_factor, outputs
+from .targets import INNER, OUTER, find_algo, input_factor, low_rank_factors, outputs
 
-COMPANIONS = ("weight_scale", "input_scale", "weight_scale_2", "pre_quant_scale")
+COMPANIONS = ("weight_scale", "input_scale", "weight_scale_2", "pre_quant_scale", INNER, OUTER)
 """The leaves of a quantized linear beside its codes."""
 
 
@@ -68,7 +68,7 @@ def stored_problems(
         problems += _differs(have.get(tensor.name), tensor)
     for name in have:
         known = name in expected or any(fnmatchcase(name, glob) for glob in optional)
-        if not known and name.rpartition(".")[0] not in told:
+        if not known and _apart_of(name)[0] not in told:
             problems.append(_unknown(name, linears))
     return problems
 
@@ -88,16 +88,16 @@ def kv_tensors(spec: ModelSpec, dtype: np.dtype) -> Iterator[TensorOut]:
 
 
 def bad_numbers(name: str, array: np.ndarray) -> str | None:
-    """Why the numbers of a scale or bias cannot be right; None for codes and for good ones.
+    """Why the numbers beside codes cannot be right; None for codes and for good ones.
 
     Block scales may be zero, as a block that underflows has it; every other scale is positive.
     """
-    leaf = name.rpartition(".")[2]
+    leaf = _apart_of(name)[1]
     if leaf in ("weight", "bias") or not array.size:
         return None
     if array.dtype == np.uint8:
         wrong, what = array == 255, "NaN"
-    elif leaf.endswith("_bias"):
+    elif leaf.endswith("_bias") or leaf in (INNER, OUTER):
         wrong, what = ~np.isfinite(array.astype(np.float32)), "NaN or infinite"
     else:
         values = array.astype(np.float32)
@@ -138,6 +138,17 @@ def _linear(
     factor = input_factor(path, shape, dtype)
     if factor.name in have:
         yield factor
+    rank = _rank(have, path)
+    if algo.low_rank and rank is not None:
+        yield from low_rank_factors(path, shape, rank, dtype)
+
+
+def _rank(have: Mapping[str, TensorInfo], path: str) -> int | None:
+    """The rank that the factors of a linear have by the shape of the first one; None without."""
+    found = {leaf: have.get(f"{path}.{leaf}") for leaf in (INNER, OUTER)}
+    shapes = {leaf: info.shape for leaf, info in found.items() if info is not None}
+    ranks = [shape[leaf == OUTER] for leaf, shape in shapes.items() if len(shape) == 2]
+    return (ranks or [1])[0] if shapes else None
 
 
 def _differs(found: TensorInfo | None, wanted: TensorOut) -> Iterator[str]:
@@ -153,7 +164,16 @@ def _differs(found: TensorInfo | None, wanted: TensorOut) -> Iterator[str]:
 
 
 def _unknown(name: str, linears: Mapping[str, object]) -> str:
-    path, _, leaf = name.rpartition(".")
+    path, leaf = _apart_of(name)
     if leaf in COMPANIONS and path not in linears:
         return f"tensor {name} belongs to no linear of the model"
     return f"tensor {name} is not part of the model"
+
+
+def _apart_of(name: str) -> tuple[str, str]:
+    """The module a tensor belongs to, and the name of its leaf there."""
+    for leaf in (INNER, OUTER):
+        if name.endswith(f".{leaf}"):
+            return name.removesuffix(f".{leaf}"), leaf
+    path, _, leaf = name.rpartition(".")
+    return path, leaf

@@ -15,6 +15,7 @@ from jqx.errors import InputError
 from .linear import InputStats
 
 HIGHEST = lax.Precision.HIGHEST
+PANELS, NARROWEST = 4, 128
 
 
 def output_error(d: Float[Array, "n k"], stats: InputStats, algorithm: str) -> Float32[Array, ""]:
@@ -22,7 +23,23 @@ def output_error(d: Float[Array, "n k"], stats: InputStats, algorithm: str) -> F
     d = d.astype(jnp.float32)
     if "root" in stats:
         return jnp.sum(jnp.square(jnp.matmul(d, stats["root"].T, precision=HIGHEST)))
-    return jnp.sum(jnp.matmul(d, gram(stats, algorithm), precision=HIGHEST) * d)
+    return _symmetric(d, gram(stats, algorithm))
+
+
+def _symmetric(d: Float32[Array, "n k"], g: Float32[Array, "k k"]) -> Float32[Array, ""]:
+    """tr(d g d^T) for a symmetric `g`, of which the panels above the diagonal count twice: with
+    four of them 5/8 of the products of all.
+    """
+    k = d.shape[1]
+    size = -(-k // PANELS) if k >= PANELS * NARROWEST else k
+    total = jnp.float32(0)
+    for start in range(0, k, size):
+        end = min(start + size, k)
+        own = jnp.matmul(d[:, start:end], g[start:end, start:end], precision=HIGHEST)
+        if start:
+            own = own + 2 * jnp.matmul(d[:, :start], g[:start, start:end], precision=HIGHEST)
+        total = total + jnp.sum(own * d[:, start:end])
+    return total
 
 
 def gram(stats: InputStats, algorithm: str) -> Float32[Array, "k k"]:

@@ -25,6 +25,7 @@ from jqx_kernels.bits import divide, round_to
 from .histograms import BINS, block_log2
 
 HIGHEST = lax.Precision.HIGHEST
+PANELS, NARROWEST = 4, 128
 
 
 class Wanted(NamedTuple):
@@ -96,7 +97,7 @@ def _add_row(
     if "square" in out:
         out["square"] = out["square"] + jnp.sum(wide * wide, axis=0)
     if "gram" in out:
-        out["gram"] = out["gram"] + jnp.matmul(wide.T, wide, precision=HIGHEST)
+        out["gram"] = _add_upper(out["gram"], wide)
     if "block_gram" in out:
         parts = wide.reshape(tokens, *out["block_gram"].shape[:2])
         product = jnp.einsum("tki,tkj->kij", parts, parts, precision=HIGHEST)
@@ -110,6 +111,27 @@ def _add_row(
     out["_rows"] = out["_rows"] + 1
     out["_batches"] = out["_batches"] + end.astype(jnp.int32)
     return out if "channel_mean" not in out else _add_mean(out, magnitude, end, dtype)
+
+
+def _panels(k: int) -> list[tuple[int, int]]:
+    """Where the columns of second moments are cut: above the diagonal half of them is enough."""
+    size = -(-k // PANELS) if k >= PANELS * NARROWEST else k
+    return [(start, min(start + size, k)) for start in range(0, k, size)]
+
+
+def _add_upper(g: Float[Array, "k k"], x: Float[Array, "tokens k"]) -> Float[Array, "k k"]:
+    """`g` with the panels of x^T x on and above the diagonal added."""
+    for start, end in _panels(x.shape[1]):
+        part = jnp.matmul(x[:, :end].T, x[:, start:end], precision=HIGHEST)
+        g = g.at[:end, start:end].add(part)
+    return g
+
+
+@jax.jit
+def _whole(g: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    """The symmetric matrix of which `g` has what is on and above the diagonal."""
+    upper = jnp.triu(g)
+    return upper + jnp.triu(g, 1).T
 
 
 def _add_mean(
@@ -128,6 +150,8 @@ def _add_mean(
 def results(moments: Moments) -> dict[str, Any]:
     """The statistics by kind, with "tokens"."""
     found = {kind: value for kind, value in moments.items() if not kind.startswith("_")}
+    if "gram" in found:
+        found["gram"] = _whole(found["gram"])
     if "channel_mean" in found:
         batches = jnp.maximum(moments["_batches"], 1).astype(jnp.float32)
         found["channel_mean"] = divide(found["channel_mean"], batches)

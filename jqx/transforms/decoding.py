@@ -29,7 +29,8 @@ def decoded_after(latest: Any, data: Any) -> Any:
     """
     if latest is None or not isinstance(data, QTensor) or _cut(latest, data):
         return dense(data)
-    name = "scale" if data.tensor_scale is None else "tensor_scale"
+    two_levels = data.tensor_scale is not None and data.format.scale.name != "float32"
+    name = "tensor_scale" if two_levels else "scale"
     scale = getattr(data, name)
     never = _never(lax.stop_gradient(latest))
     return data.replace(**{name: jnp.where(never, jnp.zeros_like(scale), scale)}).decode()

@@ -24,16 +24,17 @@ from .stored import block_of, fake_input
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["input_scale", "pre_quant_scale"],
+    data_fields=["input_scale", "pre_quant_scale", "low_rank"],
     meta_fields=["shape", "columns", "stack", "input_format"],
 )
 @dataclass(frozen=True, kw_only=True)
 class Treatment:
-    """How the inputs of one parameter are quantized.
+    """How the inputs of one parameter are quantized, and what is added to its products.
 
     `columns` and `stack` are the axes of the parameter that are summed over, and that members of a
     stack lie along. `input_scale` has the shape of the stack, None where the scale is found in the
-    activation; `pre_quant_scale` has an axis of all channels more.
+    activation; `pre_quant_scale` has an axis of all channels more. `low_rank`: the two
+    factors of a matrix that meets the inputs too, before they are rounded.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +43,7 @@ class Treatment:
     input_format: str | None
     input_scale: Any = None
     pre_quant_scale: Any = None
+    low_rank: Any = None
 
     @property
     def channels(self) -> int:
@@ -53,30 +55,31 @@ class Treatment:
         """Whether members of the stack change an activation in ways of their own."""
         row = INPUT_FORMATS.get(self.input_format or "")
         static = row is not None and row.bound is not None
-        return bool(self.stack) and (self.pre_quant_scale is not None or static)
+        own = self.pre_quant_scale is not None or self.low_rank is not None or static
+        return bool(self.stack) and own
 
     @property
     def elementwise(self) -> bool:
-        """Whether each number is quantized by itself."""
-        if self.pre_quant_scale is not None or self.input_format is None:
+        """Whether all that happens is that each number is quantized by itself."""
+        changed = self.pre_quant_scale is not None or self.low_rank is not None
+        if changed or self.input_format is None:
             return False
         return FORMATS[INPUT_FORMATS[self.input_format].format].block == (None, None)
 
 
 def treatment_of(name: str, q: QTensor) -> Treatment | None:
-    """How the inputs of a stored parameter are quantized, None if they are not.
+    """How the inputs of a stored parameter are quantized, None if nothing is done with them.
 
     Raises InputError for fields that do not fit each other.
     """
-    if q.low_rank is not None:
-        raise InputError(f"{name} has a low-rank part, which is not applied yet: decode it first")
     lead, k = tuple(q.shape[a] for a in q.stack), math.prod(q.shape[a] for a in q.columns)
     wanted = {"input_scale": lead, "pre_quant_scale": (*lead, k)}
     for field, shape in wanted.items():
         value = getattr(q, field)
         if value is not None and tuple(value.shape) != shape:
             raise InputError(f"{field} of {name} has the shape {tuple(value.shape)}, not {shape}")
-    if q.pre_quant_scale is None and q.input_format is None:
+    _check_factors(name, q, lead, k)
+    if q.pre_quant_scale is None and q.input_format is None and q.low_rank is None:
         return None
     found = Treatment(
         shape=q.shape,
@@ -85,9 +88,21 @@ def treatment_of(name: str, q: QTensor) -> Treatment | None:
         input_format=q.input_format,
         input_scale=q.input_scale,
         pre_quant_scale=q.pre_quant_scale,
+        low_rank=q.low_rank,
     )
     check_format(name, found)
     return found
+
+
+def _check_factors(name: str, q: QTensor, lead: tuple[int, ...], k: int) -> None:
+    """Raises InputError unless the low-rank part of a parameter is two factors of one rank."""
+    if q.low_rank is None:
+        return
+    n = math.prod(q.shape[a] for a in q.rows)
+    shapes = [tuple(factor.shape) for factor in q.low_rank]
+    rank = shapes[-1][-2] if len(shapes[-1]) > 1 else 0
+    if (wanted := [(*lead, n, rank), (*lead, rank, k)]) != shapes:
+        raise InputError(f"low_rank of {name} has the shapes {shapes}, not {wanted}")
 
 
 def check_format(name: str, treatment: Treatment) -> None:
@@ -130,7 +145,7 @@ def _each(
     scale = _scales(treatment, met, sizes)
     factor = treatment.pre_quant_scale
     if factor is not None:
-        factor = _chosen(treatment, met, factor, sizes)
+        factor = chosen(treatment, met, factor, sizes)
         factor = factor.reshape(*own, factor.shape[-1])
         factor = beside(x, factor) if own else factor
     if scale is not None and own:
@@ -168,10 +183,10 @@ def _in_groups(treatment: Treatment, met: Met) -> Float[Array, "..."]:
 def _scales(treatment: Treatment, met: Met, sizes: tuple[int, ...]) -> Any:
     """The stored scale of every member that is met, None where scales are found in `x`."""
     scale = treatment.input_scale
-    return None if scale is None else _chosen(treatment, met, scale, sizes)
+    return None if scale is None else chosen(treatment, met, scale, sizes)
 
 
-def _chosen(treatment: Treatment, met: Met, what: Any, sizes: tuple[int, ...]) -> Any:
+def chosen(treatment: Treatment, met: Met, what: Any, sizes: tuple[int, ...]) -> Any:
     """What `what` [*stack, ...] has for the members that are met, [*sizes, ...]."""
     if not treatment.stack:
         return what
@@ -204,9 +219,10 @@ def _check_use(treatment: Treatment, met: Met) -> None:
     if use.op == "conv":
         over = k
         if not treatment.elementwise:
+            more = "a pre_quant_scale" if treatment.low_rank is None else "a low-rank part"
             raise InputError(
                 f"{use.path} is the kernel of a convolution, whose inputs take formats with one "
-                f"scale, and not {treatment.input_format or 'a pre_quant_scale'}: use fp8 or int8"
+                f"scale, and not {treatment.input_format or more}: use fp8 or int8"
             )
     alone = treatment.elementwise and treatment.input_scale is not None
     if use.weight_axes != treatment.columns or (over != k and not alone):
@@ -236,5 +252,5 @@ def check_all_met(record: Record, paths: Iterable[str]) -> None:
             raise InputError(
                 f"{path} quantizes its inputs, and it meets an activation other than in a product "
                 "as it is (it is scaled or changed first, or carried through a loop): decode it "
-                "first, or drop its input_format and pre_quant_scale"
+                "first, or drop its input_format, pre_quant_scale and low_rank"
             )

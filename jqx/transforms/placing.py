@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .entries import NAMED, Entry
 from .interpret import Met
-from .views import Pieces
+from .views import NOWHERE, Pieces, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +141,40 @@ def channels(met: Met) -> Any:
         moving = tuple((i, p) for i, p in enumerate(pieces) if p.axis == axis)
         flat = flat * size + places(Members(axis, size, fixed, moving), len(pieces))
     return flat.reshape(-1)
+
+
+def seen(view: View, w: Any) -> Any:
+    """The array `w`, of the shape of the view's parameter, as the view shows it."""
+    pieces = list(enumerate(p for dim in view.axes for p in dim if p.size > 1))
+    order: list[int] = []
+    for axis in reversed(range(w.ndim)):
+        mine = sorted(((i, p) for i, p in pieces if p.axis == axis), key=lambda ip: -ip[1].stride)
+        fixed = tuple(p for p in view.fixed if p.axis == axis)
+        moving = tuple(enumerate(p for _, p in mine))
+        w = _taken(w, Members(axis, w.shape[axis], fixed, moving))
+        order = [*(i for i, _ in mine), *order]
+    w = jnp.transpose(w, [order.index(i) for i in sorted(order)])
+    w = w.reshape([1 if p.axis == NOWHERE else p.size for _, p in pieces])
+    w = jnp.broadcast_to(w, [p.size for _, p in pieces])
+    return w.reshape([prod(p.size for p in dim) for dim in view.axes])
+
+
+def _taken(w: Any, one: Members) -> Any:
+    """The places `one` along an axis of `w`, a dimension for each piece."""
+    if not one.moving:
+        return lax.dynamic_index_in_dim(w, places(one, 0), one.axis, keepdims=False)
+    sizes = [p.size for _, p in one.moving]
+    if not _in_order(one):
+        at = places(one, len(sizes)).reshape(-1)
+        w = jnp.take(w, at, axis=one.axis, mode="clip")
+    return w.reshape(*w.shape[: one.axis], *sizes, *w.shape[one.axis + 1 :])
+
+
+def _in_order(one: Members) -> bool:
+    """Whether the places are all there are, the last piece the fastest."""
+    step = 1
+    for _, piece in reversed(one.moving):
+        if not isinstance(piece.offset, int) or piece.offset or piece.stride != step:
+            return False
+        step *= piece.size
+    return not one.fixed and step == one.size

@@ -18,6 +18,7 @@ from jqx.tensors.paths import leaf_names
 
 from .inputs import check_all_met, treated, treatment_of
 from .interpret import PRODUCTS, Acts, Met, Record, Walk, interpret
+from .low_rank import check_lookup, low_rank_product
 from .primitives import PRIMITIVES
 
 Named = Mapping[str, Callable[[Array], Array]]
@@ -33,7 +34,8 @@ def quantized(
     """The function `(params, *args) -> f(dense params, *args)` for `params` with QTensor leaves.
 
     Where a QTensor is multiplied with an activation, the activation is first multiplied by
-    `pre_quant_scale` and quantized as `input_format` says; the gradient goes straight through.
+    `pre_quant_scale` and quantized as `input_format` says; the gradient goes straight through. The
+    matrix of `low_rank` meets the activation as it is before it is quantized, and is added.
     Nothing else is done with activations: a lookup of rows, for one, is that of the decoded matrix.
     `named` are functions of the activations that `f` gave a name with `checkpoint_name`; what they
     return takes the activation's place. `product` may compute the product of an activation and a
@@ -46,13 +48,15 @@ def quantized(
     Without QTensors, names and `product` it is `f`.
 
     Raises InputError, naming the parameter, where the result would not be what the formats say: a
-    QTensor with a low-rank part; one that quantizes its input and meets an activation in another
+    QTensor that quantizes its input, or has a low-rank part, and meets an activation in another
     way than as it is, in a product over its contraction axis (scaled, a part of its inputs, in one
-    product of a whole stack whose members have scales of their own); a name that `f` does not give.
+    product of a whole stack whose members have scales of their own); a lookup of rows of one with a
+    low-rank part; a name that `f` does not give.
     Differentiating through a function with a gradient of its own (`custom_jvp`, `custom_vjp`) in
     which an input is quantized is refused, too.
     """
     named = {} if named is None else named
+    settled = (lambda x: x) if settle is None else settle
 
     def run(params: Any, *args: Any) -> Any:
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_stored)
@@ -67,15 +71,16 @@ def quantized(
             if met.use.op == "name":
                 wanted = named.get(met.use.path)
                 return None if wanted is None else met.apply(wanted(met.x), None)
+            treatment = walk.beside.get(met.use.path)
+            check_lookup(treatment, met)
             if met.use.op not in PRODUCTS or not met.active:
                 return None
-            x = met.x
-            if met.use.path in walk.beside:
-                x = treated(walk.beside[met.use.path], met)
-                x = x if settle is None else settle(x)
-            if product is not None and (out := product(met._replace(x=x))) is not None:
+            x = met.x if treatment is None else settled(treated(treatment, met))
+            out = None if product is None else product(met._replace(x=x))
+            out = met.apply(x, met.w) if out is None else out
+            if treatment is None or treatment.low_rank is None:
                 return out
-            return met.apply(x, met.w)
+            return out + low_rank_product(treatment, met, settled)
 
         walk = Walk(PRIMITIVES, Acts(change=change), stored=stored, beside=treatments)
         out, _ = interpret(f, walk, shapes, args, None if product else treatments)

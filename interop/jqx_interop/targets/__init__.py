@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deployment layouts: how a quantized tree lies on disk, and the files that describe it."""
 
+from .layout import INNER as INNER
+from .layout import OUTER as OUTER
 from .layout import companions as companions
 from .layout import gathered as gathered
 from .layout import input_factor as input_factor

@@ -74,6 +74,7 @@ ALGOS: dict[tuple[str, str | None], Algo] = {
         weights=FLOAT4,
         inputs=FLOAT8,
         grouped=True,
+        inputs_grouped=True,
         awq=True,
         smoothed=True,
         folds=True,
@@ -129,7 +130,7 @@ NVFP4_SVD = Algo(
     smoothed=True,
     low_rank=True,
 )
-VARIANT_ALGOS = {
+VARIANT_ALGOS: dict[tuple[str, str | None, str], Algo] = {
     ("nvfp4", "nvfp4", "awq"): NVFP4_AWQ,
     ("nvfp4", "nvfp4", "svd"): NVFP4_SVD,
 }

@@ -6,6 +6,7 @@ the stored scales then decide.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from jqx.config import KV_FORMATS, Choice, base_format, resolve
@@ -13,25 +14,21 @@ from jqx.errors import InputError, nearest
 from jqx.formats import FORMATS
 from jqx.recipes import RECIPES
 
-from .modelopt import ALGOS, KV_ALGOS, find_algo
+from .modelopt import ALGOS, KV_ALGOS, VARIANT_ALGOS, find_algo
 from .modelopt_read import MIXED, Layer, Stated
 
-Pair = tuple[str, str | None]
-
-NOT_READ = ("W4A8_AWQ", "NVFP4_SVD", "FP8_PB_REAL")
+NOT_READ = ("FP8_PB_REAL",)
 """Names that ModelOpt writes for arithmetic that is not defined here."""
 
+_ROWS = {Choice(weight=w, input=i): algo for (w, i), algo in ALGOS.items()}
+_ROWS |= {Choice(weight=w, input=i, variant=v): algo for (w, i, v), algo in VARIANT_ALGOS.items()}
 
-def _pairs() -> dict[str, list[Pair]]:
-    """Upper-case algorithm -> the pairs of formats that share the name, as ALGOS lists them."""
-    found: dict[str, list[Pair]] = {}
-    for pair, algo in ALGOS.items():
-        found.setdefault(algo.quant_algo.upper(), []).append(pair)
-    found["NVFP4_AWQ"] = [("nvfp4", "nvfp4")]
-    return found
-
-
-PAIRS = _pairs()
+MEANT = {
+    algo.quant_algo.upper(): [c for c, row in _ROWS.items() if row.quant_algo == algo.quant_algo]
+    for algo in _ROWS.values()
+}
+"""Upper-case algorithm -> the formats that share the name, and what may lie beside codes if it
+tells."""
 
 
 def choices_of(
@@ -53,8 +50,7 @@ def choices_of(
     for path, kind in kinds.items():
         if kind not in picked:
             same = {p for p, layer in said.items() if layer.algo == kind[0]}
-            weight, inputs = _pick(pairs_of(kind[0]), kind[1], same, shapes)
-            picked[kind] = Choice(weight=weight, input=inputs)
+            picked[kind] = _pick(meant_by(kind[0]), kind[1], same, shapes)
         if find_algo(picked[kind]) is None:
             raise InputError(f"{kind[0]} with {kind[1]} values to a scale ({path}) is not read")
     return {path: picked[kind] for path, kind in kinds.items()}
@@ -69,13 +65,13 @@ def quantized_layers(stated: Stated, linears: Iterable[str]) -> dict[str, Layer]
     return {path: stated.layer for path in linears if not _ignored(path, stated.ignored)}
 
 
-def pairs_of(algo: str) -> list[Pair]:
-    """The pairs of formats an algorithm's name may stand for. Raises InputError for other names."""
+def meant_by(algo: str) -> list[Choice]:
+    """What an algorithm's name may stand for. Raises InputError for other names."""
     if algo.upper() in NOT_READ:
         raise InputError(f"quant_algo {algo!r} is known but not read; read are {_known()}")
-    if algo.upper() not in PAIRS:
+    if algo.upper() not in MEANT:
         raise nearest(algo, (*_names(), MIXED), "quant_algo")
-    return PAIRS[algo.upper()]
+    return MEANT[algo.upper()]
 
 
 def kv_of(name: str | None, *, scales: bool, biases: bool) -> str | None:
@@ -97,38 +93,42 @@ def kv_of(name: str | None, *, scales: bool, biases: bool) -> str | None:
 
 
 def _names() -> list[str]:
-    return list(dict.fromkeys(algo.quant_algo for algo in ALGOS.values())) + ["NVFP4_AWQ"]
+    return list(dict.fromkeys(algo.quant_algo for algo in _ROWS.values()))
 
 
 def _known() -> str:
     return ", ".join(_names())
 
 
-def _pick(pairs: list[Pair], block: int | None, chosen: set[str], linears: Iterable[str]) -> Pair:
-    """The pair that is meant: by block, then by which recipe quantizes just the `chosen`.
+def _pick(
+    meant: list[Choice], block: int | None, chosen: set[str], linears: Iterable[str]
+) -> Choice:
+    """The one that is meant: by block, then by which recipe quantizes just the `chosen`.
 
     "mxfp4" is what both pairs of that format are called, and the files say nothing of inputs; the
     recipes that write it reach different linears.
     """
-    fitting = [pair for pair in pairs if block in (None, FORMATS[pair[0]].block[1])]
+    fitting = [c for c in meant if block in (None, FORMATS[c.weight or ""].block[1])]
     if not fitting:
-        name, inputs = pairs[0]
+        name = meant[0].weight or ""
         rows, columns = FORMATS[name].block
-        return (f"{base_format(name)}_b{block}" if rows == 1 and columns else name), inputs
+        varied = f"{base_format(name)}_b{block}" if rows == 1 and columns else name
+        return replace(meant[0], weight=varied)
     if len(fitting) == 1:
         return fitting[0]
     reached = _reached(tuple(linears))
-    return next((pair for pair in fitting if chosen in reached.get(pair, [])), fitting[0])
+    return next((c for c in fitting if chosen in reached.get(c, [])), fitting[0])
 
 
-def _reached(linears: tuple[str, ...]) -> dict[Pair, list[set[str]]]:
-    """Pair of formats -> the linears that each recipe with this pair quantizes."""
-    found: dict[Pair, list[set[str]]] = {}
+def _reached(linears: tuple[str, ...]) -> dict[Choice, list[set[str]]]:
+    """Formats -> the linears that each recipe with them quantizes."""
+    found: dict[Choice, list[set[str]]] = {}
     for recipe in RECIPES.values():
         choices = {p: resolve(recipe.config, f"{p}.weight", "linear") for p in linears}
         reached = {p: c for p, c in choices.items() if c.weight is not None}
         for choice in list(reached.values())[:1]:
-            found.setdefault((choice.weight or "", choice.input), []).append(set(reached))
+            formats = Choice(weight=choice.weight, input=choice.input)
+            found.setdefault(formats, []).append(set(reached))
     return found
 
 
