@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .algorithms.table import needed
+from .algorithms.table import check_applicable, needed
 from .config import (
     INPUT_FORMATS,
     KEEP,
@@ -104,6 +104,7 @@ def choose(
             f"No parameter gets a format; there are {_some(p for p in seen if kinds(seen[p]))}. "
             'Add a rule such as Rule(path_glob="*kernel", weight="int8")'
         )
+    check_applicable(config.steps, (c.weight for c in chosen.values() if c.weight is not None))
     return chosen
 
 

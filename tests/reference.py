@@ -5,6 +5,7 @@ blocks.
 Floats below 2^-126 are zero in the arithmetic that the definitions leave to the machine (`flush`).
 """
 
+import ml_dtypes
 import numpy as np
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -15,6 +16,10 @@ E4M3 = np.array(
     [m * 2.0**-9 for m in range(8)]
     + [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)]
 )[:-1]
+NF4_LOW = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0]
+NF4_HIGH = [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1]
+# four decimals, kept in bfloat16, as the reference tool has them
+NF4 = np.array(NF4_LOW + NF4_HIGH, ml_dtypes.bfloat16).astype(np.float64)
 TINY = np.float32(2.0**-126)
 
 # element, rows and columns of a block (0: the whole axis), kind of scale, bound of the tensor scale
@@ -25,15 +30,20 @@ ROWS = {
     "int8": ("int8", 1, 0, "float32", None),
     "int8_tensor": ("int8", 0, 0, "float32", None),
     "int4": ("int4", 1, 128, "float32", None),
+    "int4_fp8": ("int4", 1, 128, "float32", 448.0),
     "nvfp4": ("e2m1", 1, 16, "e4m3", 2688.0),
+    "nvfp4_46": ("e2m1", 1, 16, "e4m3", 1536.0),
     "nvfp4_b32": ("e2m1", 1, 32, "e4m3", 2688.0),
     "nvfp4_b32_fp8": ("e2m1", 1, 32, "e4m3", 448.0),
     "mxfp4": ("e2m1_down", 1, 32, "e8m0", None),
     "mxfp8": ("e4m3", 1, 32, "e8m0", None),
     "mxfp6": ("e3m2", 1, 32, "e8m0", None),
     "mxint8": ("int8", 1, 32, "e8m0", None),
+    "nf4": ("nf4", 1, 64, "float32", None),
 }
 BOUND = {"e4m3": 448.0, "e3m2": 28.0, "int8": 127.0, "int4": 7.0, "e2m1": 6.0, "e2m1_down": 6.0}
+BOUND["nf4"] = 1.0
+ROUNDED_TWICE = ("fp8", "nf4")  # quotients are rounded to the dtype of the weight first
 
 
 def flush(x):
@@ -80,12 +90,15 @@ CODE = {
     "e2m1_down": e2m1_down,
     "int8": lambda q, x: integer(q, 8),
     "int4": lambda q, x: integer(q, 4) & 15,
+    "nf4": lambda q, x: np.abs(q.astype(np.float64)[..., None] - NF4).argmin(-1).astype(np.uint8),
 }
 
 
 def value(element, code):
     """float32 values of codes 0..255, one a byte."""
     c = code.astype(np.int64)
+    if element == "nf4":
+        return NF4[c & 15].astype(np.float32)
     table = {"e4m3": (E4M3, 7), "e3m2": (E3M2, 5), "e2m1": (E2M1, 3), "e2m1_down": (E2M1, 3)}
     if element in table:
         values, sign = table[element]
@@ -131,11 +144,16 @@ def float32_scale(amax, name, dtype):
     return np.maximum(flush(amax / bound), TINY)
 
 
+def tensor_scale_of(w, amax, bound):
+    """amax / bound, 1 for zeros; amax is that of `w` unless one is given."""
+    g = np.float32(np.abs(w).max() if amax is None else amax)
+    return flush((g if g else np.float32(bound)) / np.float32(bound))
+
+
 def nvfp4_scales(w, amax, name):
     """tensor scale, codes of the block scales, and their product."""
     _, _, cols, _, bound = ROWS[name]
-    g = np.float32(np.abs(w).max() if amax is None else amax)
-    s2 = np.maximum(flush((g if g else np.float32(bound)) / np.float32(bound)), TINY)
+    s2 = np.maximum(tensor_scale_of(w, amax, bound), TINY)
     a = block_amax(w, 1, cols)
     s = np.where(a == 0, np.float32(1), flush(a) / (np.float32(6) * s2))
     code = nearest(E4M3, np.clip(s, 2.0**-9, 448)).astype(np.uint8)
@@ -146,9 +164,9 @@ def quantize(w, name, amax=None):
     """Codes one a byte, stored scales as uint8 or float32, tensor scale or None, float32 step of
     every block.
     """
-    element, rows, cols, kind, _ = ROWS[name]
+    element, rows, cols, kind, bound = ROWS[name]
     x = w.astype(np.float32)
-    tensor_scale = None
+    tensor_scale = None if bound is None else tensor_scale_of(x, None, bound)
     if kind == "e4m3":
         tensor_scale, scale, step = nvfp4_scales(x, amax, name)
     else:
@@ -162,14 +180,14 @@ def quantize(w, name, amax=None):
     with np.errstate(over="ignore"):
         for i, j, s in blocks(w.shape, rows, cols):
             q = x[s] / step[i, j] if kind == "e8m0" else flush(flush(x[s]) / step[i, j])
-            q = q.astype(w.dtype).astype(np.float32) if name == "fp8" else q
+            q = q.astype(w.dtype).astype(np.float32) if name in ROUNDED_TWICE else q
             codes[s] = CODE[element](q, x[s])
     return codes, scale.reshape(()) if (rows, cols) == (0, 0) else scale, tensor_scale, step
 
 
 def pack(codes, name):
-    """Byte by byte: two neighbours of a row, or of a column for int4, the first in the low
-    nibble.
+    """Byte by byte: two neighbours of a row, or of a column for int4, the first in the low nibble;
+    in the high one for nf4.
     """
     element, n, k = ROWS[name][0], *codes.shape
     if element == "int4":
@@ -177,6 +195,8 @@ def pack(codes, name):
             [[codes[2 * r, c] + 16 * codes[2 * r + 1, c] for c in range(k)] for r in range(n // 2)],
             np.uint8,
         )
+    if element == "nf4":
+        return codes[:, ::2] * 16 + codes[:, 1::2]
     if element in ("e2m1", "e2m1_down"):
         return np.array(
             [[codes[r, 2 * c] + 16 * codes[r, 2 * c + 1] for c in range(k // 2)] for r in range(n)],

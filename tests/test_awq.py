@@ -56,10 +56,10 @@ def stats_of(x, *, second="gram"):
 def column_magnitudes(w, name):
     """Every magnitude as a share of the largest of its block, and their mean over rows."""
     size, x, dtype = {"int4_b32": 32, "nvfp4": 16}.get(name, K), np.abs(f32(w)), w.dtype
+    tiny = np.float32(jnp.finfo(dtype).tiny)
     share = np.zeros_like(x)
     for _, _, s in reference.blocks(x.shape, 1, size):
-        top = rounded(x[s].max() + np.finfo(dtype).tiny if dtype.kind == "f" else x[s].max() + np.float32(1.1754944e-38), dtype)
-        share[s] = rounded(x[s] / top, dtype)
+        share[s] = rounded(x[s] / rounded(x[s].max() + tiny, dtype), dtype)
     return rounded(share.sum(0) / np.float32(len(x)), dtype)
 
 
@@ -150,8 +150,9 @@ def test_channels_that_are_alike_leave_the_nearest(name):
     assert got.facts["losses"][0] == got.facts["losses"][1]
     assert got.facts["alpha"] == 0  # the first of equals
     assert got.input_amax == 3
-    for mine, plain in zip(*(jax.tree.leaves(STORED(q, fmt)) for q in (got._replace(pre_quant_scale=None, facts={}), Linear(w))), strict=True):
-        np.testing.assert_array_equal(f32(mine), f32(plain))
+    mine, plain = (STORED(Linear(weight), fmt) for weight in (got.weight, w))
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(f32(a), f32(b))
 
 
 def test_channels_that_were_never_met_or_used():
@@ -161,7 +162,7 @@ def test_channels_that_were_never_met_or_used():
         w[:, 9] = 0
         w[3] = 0
         w[4, :32] = 0
-        got = FULL(Linear(jnp.asarray(w)), find_format(name), stats_of(x), AwqFull())
+        got = FULL(Linear(jnp.asarray(w)), find_format(name), stats_of(x), AwqFull(shrink_step=0.25))
         for value in (got.weight, got.pre_quant_scale, got.facts["losses"]):
             assert np.isfinite(f32(value)).all()
         assert (f32(got.pre_quant_scale) > 0).all()
@@ -229,13 +230,13 @@ def test_blocks_are_clipped_as_defined(dtype, monkeypatch):
     assert errors[0] < 0.9 * errors[2]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_clipping_is_never_worse_than_none(seed):
     w, x = problem(seed)
-    for name, plain in (("int4_b32", Linear(jnp.asarray(w))), ("nvfp4", Linear(jnp.asarray(w)))):
+    for name in ("int4_b32", "nvfp4"):
         for kind in ("gram", "root"):
-            stats = stats_of(x, second=kind)
-            got = CLIP(plain, find_format(name), stats, AwqClip(min_clip_ratio=0.5, shrink_step=0.2))
+            stats, params = stats_of(x, second=kind), AwqClip(min_clip_ratio=0.5, shrink_step=0.2)
+            got = CLIP(Linear(jnp.asarray(w)), find_format(name), stats, params)
             if name == "nvfp4":
                 found, most = got.tensor_amax, np.abs(f32(w)).max()
                 assert got.amax is None
@@ -312,14 +313,14 @@ def test_full_is_lite_then_clip():
 
 
 def test_without_jit_and_in_a_stack():
-    problems = [problem(seed) for seed in range(3)]
+    problems = [problem(seed, n=4) for seed in range(3)]
     w = jnp.stack([jnp.asarray(w) for w, _ in problems])
     stats = jax.tree.map(lambda *rows: jnp.stack(rows), *(stats_of(x) for _, x in problems))
     for name in ("int4_b32", "nvfp4"):
         fmt = find_format(name)
 
         def one(w, stats, fmt=fmt):
-            return awq_full(Linear(w), fmt, stats, AwqFull(alpha_step=0.5, shrink_step=0.25))
+            return awq_full(Linear(w), fmt, stats, AwqFull(alpha_step=1.0, shrink_step=0.5))
 
         compiled, together = jax.jit(one), jax.jit(jax.vmap(one))(w, stats)
         for i in range(3):
@@ -357,7 +358,7 @@ def test_missing_statistics_are_named(method, name):
     assert row.needs(fmt, row.params()) == NEEDS[method, name]
     for kind in row.needs(fmt, row.params()):
         stats = {k: v for k, v in stats_of(x).items() if k != kind}
-        with pytest.raises(InputError, match=rf"needs .*'{kind}'.*there are|'{kind}'.*are:") as caught:
+        with pytest.raises(InputError, match=rf"needs .*'{kind}'.*are: ") as caught:
             row.run(Linear(jnp.asarray(w)), fmt, stats, row.params())
         assert "\n" not in str(caught.value)
         assert "Calibrate for awq" in str(caught.value)

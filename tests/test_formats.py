@@ -81,10 +81,26 @@ def test_stored_bits_without_jit(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_stored_bits_with_a_given_amax(name):
     w, fmt = weight(dtype=ml_dtypes.bfloat16), FORMATS[name]
-    _, rows, cols, _, bound = reference.ROWS[name]
+    _, rows, cols, kind, _ = reference.ROWS[name]
     grid = reference.block_amax(w, rows, cols) * np.float32(0.7)
-    amax = np.float32(1.7) * grid.max() if bound else grid.reshape(grid_shape(fmt, w.shape))
-    check(RUN(w, fmt, jnp.asarray(amax)), reference.encode(w, name, grid if not bound else amax))
+    one = kind == "e4m3"  # the tensor scale is that of the amax
+    amax = np.float32(1.7) * grid.max() if one else grid.reshape(grid_shape(fmt, w.shape))
+    check(RUN(w, fmt, jnp.asarray(amax)), reference.encode(w, name, amax if one else grid))
+
+
+def test_no_code_depends_on_the_scale_of_a_second_stage():
+    w, fmt = weight(dtype=ml_dtypes.bfloat16), FORMATS["int4_fp8"]
+    plain = RUN(w, FORMATS["int4"])
+    for tensor_amax in (None, jnp.float32(3.5)):
+        got = jax.jit(encode, static_argnums=1)(w, fmt, None, tensor_amax)
+        check(got[:2], [np.asarray(plain.codes), np.asarray(plain.scale)])
+        whole = np.abs(w.astype(np.float32)).max() if tensor_amax is None else np.float32(3.5)
+        assert got.tensor_scale == whole / np.float32(448)
+        np.testing.assert_array_equal(BACK(got, fmt, np.dtype(np.float32)), _back(plain))
+
+
+def _back(stored):
+    return BACK(stored, FORMATS["int4"], np.dtype(np.float32))
 
 
 values = st.one_of(
@@ -253,11 +269,16 @@ def test_bits_count_scales():
         "int8": (8, 8),
         "int8_tensor": (8, 8),
         "int4": (4.25, 4),
+        "int4_fp8": (4.25, 4),
         "nvfp4": (4.5, 4),
+        "nvfp4_46": (4.5, 4),
         "nvfp4_b32": (4.25, 4),
         "nvfp4_b32_fp8": (4.25, 4),
         "mxfp4": (4.25, 4),
         "mxfp8": (8.25, 8),
+        "mxfp6": (6.25, 6),
+        "mxint8": (8.25, 8),
+        "nf4": (4.5, 4),
     }
 
 
@@ -286,8 +307,11 @@ def test_an_amax_of_the_wrong_shape_is_refused():
         match=r"int8 has scales of shape \(2, 1\) for a matrix \(2, 128\), and amax is \(2,\)",
     ):
         encode(w, FORMATS["int8"], jnp.zeros(2))
-    with pytest.raises(ValueError, match="one amax for the whole matrix"):
-        encode(w, FORMATS["nvfp4"], jnp.zeros((2, 8)))
+    with pytest.raises(
+        ValueError,
+        match=r"nvfp4 has scales of shape \(2, 8\) for a matrix \(2, 128\), and amax is \(2, 4\)",
+    ):
+        encode(w, FORMATS["nvfp4"], jnp.zeros((2, 4)))
 
 
 def test_formats_are_found_by_name():

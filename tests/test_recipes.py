@@ -18,8 +18,8 @@ from jqx.config import KV_FORMATS, ON, Algorithm, Choice, resolve
 from jqx.recipes import KV_ALIASES, find_kv, find_recipe, with_kv
 from jqx.selection import config_of
 from jqx.steps import check_steps
+from jqx_interop.choices import apply_options
 from jqx_interop.cli.quantize import complete_formats
-from jqx_interop.job import apply_options
 from jqx_interop.recipe_files import read_recipe, recipe_data, write_recipe
 from jqx_interop.settings import Settings
 from jqx_interop.tables import recipe_rows, recipe_yaml

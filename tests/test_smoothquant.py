@@ -36,6 +36,7 @@ def by_hand(w, x, alpha):
     dtype, columns = w.dtype, np.abs(f32(w)).max(0)
     top = rounded(columns.astype(np.float64) ** np.float64(1 - alpha), dtype)
     s = top / (x.astype(np.float64) ** np.float64(alpha)).astype(np.float32)
+    s = np.where(np.isnan(s), np.float32(0), s)  # 0 / 0, with which ModelOpt stops
     if s.min() <= 2.0**-31:
         s = np.where(x <= 2.0**-31, np.float32(1), s)
     s = np.clip(s, np.float32(1e-4), np.float32(1e4))

@@ -2,22 +2,25 @@
 """Layouts: the arrays of a quantized linear, and the two descriptions."""
 
 import json
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jqx.config import INPUT_FORMATS, KV_FORMATS, Choice, resolve
+from jqx.algorithms.table import variant_of
+from jqx.config import INPUT_FORMATS, KV_FORMATS, VARIANTS, Choice, resolve
 from jqx.formats import FORMATS, find_format
 from jqx.recipes import RECIPES
 from jqx.tensors import QTensor
 from jqx_interop.checkpoints import dtype_name
-from jqx_interop.targets import TARGETS, find_algo
-from jqx_interop.targets.modelopt import ALGOS, KV_ALGOS, summarise
+from jqx_interop.targets import TARGETS, find_algo, gathered, input_factor, low_rank_factors
+from jqx_interop.targets.modelopt import ALGOS, KV_ALGOS, STORED_AS, VARIANT_ALGOS, summarise
 
 TARGET = TARGETS["modelopt"]
 
@@ -30,7 +33,9 @@ SCALES = {  # what stands beside `weight` for a weight [256, 384]
     "int8": ("I8", (256, 384), "F32", (256,)),
     "int4": ("U8", (128, 384), "F32", (256, 3)),
     "int4_b64": ("U8", (128, 384), "F32", (256, 6)),
+    "int4_fp8": ("U8", (128, 384), "F32", (256, 3)),
     "nvfp4": ("U8", (256, 192), "F8_E4M3", (256, 24)),
+    "nvfp4_46": ("U8", (256, 192), "F8_E4M3", (256, 24)),
     "nvfp4_b32": ("U8", (256, 192), "F8_E4M3", (256, 12)),
     "nvfp4_b32_fp8": ("U8", (256, 192), "F8_E4M3", (256, 12)),
     "mxfp4": ("U8", (256, 192), "U8", (256, 12)),
@@ -63,19 +68,77 @@ def test_the_arrays_of_a_linear(name: str, has_input_scale: bool):
     ]
 
 
+def test_the_arrays_of_a_linear_with_more_beside_its_codes():
+    shape, dtype = (64, 32), np.dtype(jnp.float16)
+    q = QTensor.quantize(jnp.ones(shape, jnp.float16), "nvfp4")
+    factors = jnp.ones((64, 5), jnp.float16), jnp.ones((5, 32), jnp.float16)
+    q = q.replace(pre_quant_scale=jnp.ones(32, jnp.float16), low_rank=factors)
+    arrays = TARGET.named("a.b", q)
+    more = [input_factor("a.b", shape, dtype), *low_rank_factors("a.b", shape, 5, dtype)]
+    expected = [
+        ("a.b.pre_quant_scale", "F16", (32,)),
+        ("a.b.weight_quantizer._svdquant_lora_a", "F16", (5, 32)),
+        ("a.b.weight_quantizer._svdquant_lora_b", "F16", (64, 5)),
+    ]
+    assert [(t.name, t.dtype, t.shape) for t in more] == expected
+    last = list(arrays.items())[-3:]
+    assert [(n, dtype_name(np.dtype(a.dtype)), a.shape) for n, a in last] == expected
+    leaves = {name.removeprefix("a.b."): np.asarray(a) for name, a in arrays.items()}
+    again = gathered(leaves, Choice(weight="nvfp4"), shape, dtype)
+    assert jax.tree.structure(again) == jax.tree.structure(q)
+    for mine, its in zip(jax.tree.leaves(again), jax.tree.leaves(q), strict=True):
+        np.testing.assert_array_equal(mine, its)
+
+
 def test_every_format_of_a_weight_has_a_layout():
-    described = {weight for weight, _ in ALGOS}
+    described = {*STORED_AS, *(weight for weight, _ in ALGOS)}
     assert described <= set(FORMATS)
-    assert set(FORMATS) - described == {"int8_tensor"}  # of inputs
+    assert set(STORED_AS.values()) < {weight for weight, _ in ALGOS}
+    alone = {"int8_tensor", "mxfp6", "mxint8", "nf4"}  # of inputs, or for arithmetic alone
+    assert set(FORMATS) - described == alone
     assert {name for _, name in ALGOS} <= {None, *INPUT_FORMATS}
+    assert {v for *_, v in VARIANT_ALGOS} < set(VARIANTS)
+    assert {pair[:2] for pair in VARIANT_ALGOS} < set(ALGOS)
     assert set(KV_ALGOS) == set(KV_FORMATS)
+
+
+NO_LAYOUT = ("mxfp6", "mxint8")
+LINEARS = ("mlp.up_proj", "mlp.experts.0.up_proj")
 
 
 @pytest.mark.parametrize("row", RECIPES.values(), ids=RECIPES.keys())
 def test_every_recipe_can_be_described(row):
-    choice = resolve(row.config, "model.layers.0.mlp.up_proj.weight", "linear")
-    assert TARGET.supports(choice)
-    assert find_algo(choice) is ALGOS[choice.weight, choice.input]
+    found = (resolve(row.config, f"model.layers.0.{n}.weight", "linear") for n in LINEARS)
+    choice = next(c for c in found if c.weight is not None)
+    fmt = find_format(choice.weight)
+    choice = replace(choice, variant=variant_of(row.config.steps, fmt))
+    assert TARGET.supports(choice) == (row.name not in NO_LAYOUT)
+
+
+NAMES = {
+    ("int4_fp8", "fp8", None): "W4A8_AWQ",
+    ("int4_fp8", "fp8", "awq"): "W4A8_AWQ",
+    ("int4", None, "awq"): "W4A16_AWQ",
+    ("int4", None, None): "W4A16_AWQ",
+    ("int8", "int8", "smooth"): "W8A8_SQ_PER_CHANNEL",
+    ("int8", "int8", None): "W8A8_SQ_PER_CHANNEL",
+    ("nvfp4", "nvfp4", None): "NVFP4",
+    ("nvfp4_46", "nvfp4", None): "NVFP4",
+    ("nvfp4", "nvfp4", "awq"): "NVFP4_AWQ",
+    ("nvfp4_46", "nvfp4", "awq"): "NVFP4_AWQ",
+    ("nvfp4", "nvfp4", "svd"): "NVFP4_SVD",
+    ("nvfp4", "nvfp4", "smooth"): None,
+    ("fp8", "fp8", "awq"): None,
+    ("int4", None, "svd"): None,
+    ("int8", "int8", "svd"): None,
+}
+
+
+@pytest.mark.parametrize(("formats", "name"), NAMES.items(), ids=map(str, NAMES))
+def test_names_with_what_lies_beside_the_codes(formats, name):
+    weight, inputs, variant = formats
+    row = find_algo(Choice(weight=weight, input=inputs, variant=variant))
+    assert (row and row.quant_algo) == name
 
 
 def test_pairs_without_a_name_are_not_supported():
@@ -175,14 +238,36 @@ def test_a_description_can_be_changed_without_changing_the_next():
     assert json.dumps(TARGET.quantization_config(choices, [], "fp8")) == expected
 
 
+FACTORS = {"has_zero_point": False, "pre_quant_scale": True}
+
+
+def test_factors_are_described():
+    """Beside the block in one file; in a group only where the name of the format has one alone."""
+    for variant, alone in (("awq", False), ("svd", True)):
+        choices = {"a": Choice(weight="nvfp4", input="nvfp4", variant=variant)}
+        said = TARGET.describe(choices, [], None)["quantization"]
+        assert {key: said.get(key) for key in ("group_size", *FACTORS)} == FACTORS | {
+            "group_size": 16
+        }
+        config = TARGET.quantization_config(choices, [], None)
+        assert ("config_groups" in config) == alone
+    assert FACTORS.items() <= config["config_groups"]["group_0"].items()
+
+
 def test_mixed_formats_are_described_as_the_reference_tool_does(shared: Path):
-    folder = shared / "golden" / "mixed_fp8_nvfp4"
-    want = json.loads((folder / "hf_quant_config.json").read_text())
-    names = {"FP8": "fp8", "NVFP4": "nvfp4"}
-    choices = {
-        path: Choice(weight=names[layer["quant_algo"]], input=names[layer["quant_algo"]])
-        for path, layer in want["quantization"]["quantized_layers"].items()
+    rows = {
+        "FP8": Choice(weight="fp8", input="fp8"),
+        "NVFP4": Choice(weight="nvfp4", input="nvfp4"),
+        "W4A8_AWQ": Choice(weight="int4_fp8", input="fp8"),
     }
-    assert json.dumps(TARGET.describe(choices, ["lm_head"], None)) == json.dumps(want)
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert json.dumps(TARGET.quantization_config(choices, ["lm_head"], None)) == json.dumps(config)
+    for name in ("mixed_fp8_nvfp4", "mixed_fp8_w4a8"):
+        folder = shared / "golden" / name
+        want = json.loads((folder / "hf_quant_config.json").read_text())
+        choices = {
+            path: rows[layer["quant_algo"]]
+            for path, layer in want["quantization"]["quantized_layers"].items()
+        }
+        assert json.dumps(TARGET.describe(choices, ["lm_head"], None)) == json.dumps(want)
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        described = TARGET.quantization_config(choices, ["lm_head"], None)
+        assert json.dumps(described) == json.dumps(config)

@@ -19,7 +19,8 @@ import jax
 
 from jqx.recipes import Recipe
 
-from .job import Job, apply_options
+from .choices import apply_options
+from .job import Job
 from .recipe_files import recipe_data
 from .report import Report
 from .searched import Facts

@@ -19,17 +19,19 @@ from jqx.algorithms.quality import measure
 from jqx.algorithms.shared import gain_scaled, rows_scaled, unified
 from jqx.algorithms.table import ALGORITHMS
 from jqx.calibration import input_scale
-from jqx.config import INPUT_FORMATS
+from jqx.config import INPUT_FORMATS, Algorithm
 from jqx.errors import InputError
 from jqx.formats import Format, find_format
 from jqx.tensors import QTensor
 
-from .job import Job, input_bound
+from .choices import input_bound
+from .job import Job
 from .targets import TARGETS
 from .weights import checked_amax, one_scale, read_tensor
 
 Groups = list[tuple[str, ...]]
 Named = tuple[str, np.ndarray]
+Steps = tuple[Algorithm, ...]
 Facts = dict[str, dict[str, float]]
 
 
@@ -39,6 +41,7 @@ class Search:
     def __init__(self, job: Job, groups: Groups, inputs: Mapping[str, InputStats]):
         """Nothing is read yet."""
         self._job, self._groups, self._inputs = job, groups, inputs
+        self._steps = _divided(job.config.steps)
         self._linears: dict[str, Linear] = {}
         self._factors: dict[str, jax.Array] = {}  # what inputs are multiplied by in all
         self._row_factors: dict[str, jax.Array] = {}
@@ -56,6 +59,8 @@ class Search:
             for group in self._groups:
                 self._unify(group)
             folded |= dict(self._fold_norms())
+            for group in self._groups:
+                self._refine(group)
             yield from folded.items()
             for group in self._groups:
                 for path in group:
@@ -80,12 +85,11 @@ class Search:
         for path in group:
             fmt, inputs = self._format(path), self._inputs.get(path, {})
             linear = Linear(jnp.asarray(weights[path]), input_amax=_input_amax(inputs))
-            if fmt.tensor_bound is not None and _bounded(job):
-                alike = [p for p in group if job.choices[p] == job.choices[path]]
-                most = max(amax[p] for p in alike if job.shares(path) or p == path)
+            if fmt.tensor_bound is not None and _bounded(self._steps[0]):
+                most = max(amax[p] for p in self._alike(group, path))
                 linear = linear._replace(tensor_amax=jnp.asarray(most))
             try:
-                found = calibrated(linear, dict(inputs), fmt=fmt, steps=job.config.steps)
+                found = calibrated(linear, dict(inputs), fmt=fmt, steps=self._steps[0])
             except InputError as error:
                 raise InputError(f"{path}: {error}") from error
             self._linears[path] = jax.block_until_ready(found)
@@ -115,6 +119,31 @@ class Search:
         for paths in (paths for paths in alike.values() if len(paths) > 1):
             found = unified([self._linears[path] for path in paths], fmt=self._format(paths[0]))
             self._linears.update(zip(paths, found, strict=True))
+
+    def _refine(self, group: tuple[str, ...]) -> None:
+        """The steps that come after inputs are scaled, with the factors that linears share."""
+        if not self._steps[1]:
+            return
+        for path in group:
+            linear, fmt = self._linears[path], self._format(path)
+            kept = linear.pre_quant_scale
+            factor = self._factors.get(path, kept)
+            if fmt.tensor_bound is not None and _bounded(self._steps[1]):
+                most = [jnp.max(jnp.abs(self._linears[p].weight)) for p in self._alike(group, path)]
+                linear = linear._replace(tensor_amax=jnp.max(jnp.stack(most)).astype(jnp.float32))
+            inputs = dict(self._inputs.get(path, {}))
+            linear = linear._replace(pre_quant_scale=factor)
+            found = calibrated(linear, inputs, fmt=fmt, steps=self._steps[1])
+            self._linears[path] = found._replace(pre_quant_scale=kept)
+
+    def _alike(self, group: tuple[str, ...], path: str) -> list[str]:
+        """The members of a group that share scales with `path`, and it."""
+        choices = self._job.choices
+        return [
+            p
+            for p in group
+            if p == path or (self._job.shares(path) and choices[p] == choices[path])
+        ]
 
     def _fold_norms(self) -> Iterator[Named]:
         """Move factors into the norm before; yields its gain and bias."""
@@ -150,7 +179,6 @@ class Search:
         yield from ((name, np.asarray(array)) for name, array in named.items())
         job.checkpoint.release(path + ".weight")
 
-
     def _measured(self, path: str, q: QTensor) -> dict[str, float]:
         """How far the outputs of a stored linear are off, and what a report tells of its codes."""
         factor = self._factors.get(path, q.pre_quant_scale)
@@ -167,9 +195,17 @@ def _input_amax(inputs: InputStats) -> jax.Array | None:
     return jnp.max(inputs["channel_amax"]) if "channel_amax" in inputs else None
 
 
-def _bounded(job: Job) -> bool:
+def _bounded(steps: Steps) -> bool:
     """Whether a step searches scales of blocks below a tensor scale that is fixed."""
-    return any(ALGORITHMS[step.method].bounded for step in job.config.steps)
+    return any(ALGORITHMS[step.method].bounded for step in steps)
+
+
+def _divided(steps: Steps) -> tuple[Steps, Steps]:
+    """The steps up to the last that scales inputs, and those after it: what linears that read one
+    input share is settled in between.
+    """
+    last = max((i for i, s in enumerate(steps) if ALGORITHMS[s.method].variant), default=-1)
+    return (steps[: last + 1], steps[last + 1 :]) if last >= 0 else (steps, ())
 
 
 @partial(jax.jit, static_argnames=("fmt",))

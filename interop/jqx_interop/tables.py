@@ -10,8 +10,8 @@ from jqx.config import Keep
 from jqx.formats import FORMATS, Format
 from jqx.recipes import RECIPES, Recipe, find_recipe
 
+from .choices import calibrated
 from .families import FAMILIES
-from .job import calibrated
 from .recipe_files import write_recipe
 from .targets import TARGETS
 

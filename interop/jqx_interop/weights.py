@@ -19,7 +19,8 @@ from jqx.errors import InputError
 from jqx.formats import Format, find_format
 from jqx.tensors import QTensor
 
-from .job import Job, input_bound
+from .choices import input_bound
+from .job import Job
 from .targets import TARGETS
 
 CHUNK = 1 << 21

@@ -93,7 +93,7 @@ class AwqFull:
         return AwqClip(min_clip_ratio=self.min_clip_ratio, shrink_step=self.shrink_step)
 
 
-def lite_needs(fmt: Format, params: AwqLite) -> tuple[str, ...]:
+def lite_needs(fmt: Format, params: AwqLite | AwqFull) -> tuple[str, ...]:
     """Mean and largest magnitudes of channels, and all second moments."""
     return ("channel_mean", "channel_amax", "gram")
 
@@ -221,7 +221,7 @@ def _refined(
         others = jnp.matmul(d.reshape(n, -1), columns, precision=HIGHEST)
         others = others - jnp.matmul(mine, near[j], precision=HIGHEST)
         candidates = lax.dynamic_index_in_dim(every, j, axis=2, keepdims=False)  # [r, n, b]
-        loss = own[:, :, j] + 2 * jnp.sum(candidates * others, axis=-1)
+        loss = own[:, :, j] + 2 * jnp.sum(candidates * others[None], axis=-1)
         best = jnp.argmin(loss, axis=0)
         new = jnp.take_along_axis(candidates, best[None, :, None], axis=0)[0]
         return d.at[:, j].set(new), picked.at[:, j].set(ratios[best])

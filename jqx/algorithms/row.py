@@ -19,9 +19,10 @@ class AlgorithmRow:
     `params`: a frozen dataclass of its parameters, with their defaults; making one raises
     InputError for values out of range. `run`: a pure function under jit, with format and parameters
     static. `needs`: the kinds of statistics of inputs it cannot do without, of linears in this
-    format. `bounded`: whether it searches scales of blocks below a tensor scale that linears with
-    one input share from the start. `variant`: the row of VARIANTS for what it leaves beside codes
-    and scales. `about`: one line for people.
+    format. `applies`: whether it does anything for weights in this format. `bounded`: whether it
+    searches scales of blocks below a tensor scale that linears with one input share from the start.
+    `variant`: the row of VARIANTS for what it leaves beside codes and scales. `about`: one line for
+    people.
     """
 
     name: str
@@ -29,5 +30,6 @@ class AlgorithmRow:
     params: type
     about: str
     needs: Callable[[Format, Any], tuple[str, ...]] = lambda fmt, params: ()
+    applies: Callable[[Format], bool] = lambda fmt: True
     bounded: bool = False
     variant: str | None = None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ALGORITHMS, as rows, and running several in turn."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from jqx.config import Algorithm
 from jqx.errors import InputError, nearest
-from jqx.formats import Format
+from jqx.formats import Format, find_format
 
 from .awq import (
     AwqClip,
@@ -39,6 +40,17 @@ from .row import AlgorithmRow
 from .smoothquant import SmoothQuant, smoothquant, smoothquant_needs
 from .svdquant import SvdQuant, svdquant, svdquant_needs
 from .weighted import Weighted, weighted, weighted_needs
+
+
+def four_bits(fmt: Format) -> bool:
+    """Whether AWQ and SVDQuant have something to gain."""
+    return fmt.element.bits == 4
+
+
+def eight_bits(fmt: Format) -> bool:
+    """Whether SmoothQuant has: it is for weights and inputs of eight bits."""
+    return fmt.element.bits == 8
+
 
 ALGORITHMS = {
     row.name: row
@@ -79,6 +91,7 @@ ALGORITHMS = {
             about="a tensor scale of NVFP4 inputs with room for larger values",
             needs=headroom_needs,
             bounded=True,
+            applies=lambda fmt: fmt.scale.name == "e4m3",
         ),
         AlgorithmRow(
             name="percentile",
@@ -108,6 +121,7 @@ ALGORITHMS = {
             about="moves what is hard to round from inputs into weights",
             needs=smoothquant_needs,
             variant="smooth",
+            applies=eight_bits,
         ),
         AlgorithmRow(
             name="awq_lite",
@@ -116,6 +130,7 @@ ALGORITHMS = {
             about="scales input channels by how much they matter",
             needs=lite_needs,
             variant="awq",
+            applies=four_bits,
         ),
         AlgorithmRow(
             name="awq_clip",
@@ -123,6 +138,7 @@ ALGORITHMS = {
             params=AwqClip,
             about="clips blocks where that lowers the error of the outputs",
             needs=clip_needs,
+            applies=four_bits,
         ),
         AlgorithmRow(
             name="awq_full",
@@ -131,6 +147,7 @@ ALGORITHMS = {
             about="awq_lite, then awq_clip",
             needs=lite_needs,
             variant="awq",
+            applies=four_bits,
         ),
         AlgorithmRow(
             name="gptq",
@@ -146,6 +163,7 @@ ALGORITHMS = {
             about="awq_lite, then keeps the largest part of the weight in two narrow factors",
             needs=svdquant_needs,
             variant="svd",
+            applies=four_bits,
         ),
     )
 }
@@ -167,17 +185,33 @@ def params_of(step: Algorithm) -> object:
     return kind(**dict(step.params))
 
 
+def applicable(steps: tuple[Algorithm, ...], fmt: Format) -> tuple[Algorithm, ...]:
+    """Those of `steps` that do anything for weights in `fmt`."""
+    return tuple(step for step in steps if ALGORITHMS[step.method].applies(fmt))
+
+
+def check_applicable(steps: tuple[Algorithm, ...], formats: Iterable[str]) -> None:
+    """Raises InputError for a step that does nothing for weights in any of `formats`."""
+    rows = [find_format(name) for name in dict.fromkeys(formats)]
+    for step in steps:
+        if rows and not any(ALGORITHMS[step.method].applies(row) for row in rows):
+            raise InputError(
+                f"{step.method} is not for weights in {', '.join(row.name for row in rows)}, and "
+                "the configuration has no others: take another algorithm, or another format"
+            )
+
+
 def needed(steps: tuple[Algorithm, ...], fmt: Format) -> tuple[str, ...]:
     """The kinds of statistics of inputs without which `steps` cannot store a weight in `fmt`."""
     found: dict[str, None] = {}
-    for step in steps:
+    for step in applicable(steps, fmt):
         found |= dict.fromkeys(ALGORITHMS[step.method].needs(fmt, params_of(step)))
     return tuple(found)
 
 
-def variant_of(steps: tuple[Algorithm, ...]) -> str | None:
-    """What `steps` leave beside codes and scales: a row of VARIANTS, the last one that is left."""
-    found = [ALGORITHMS[step.method].variant for step in steps]
+def variant_of(steps: tuple[Algorithm, ...], fmt: Format) -> str | None:
+    """What `steps` leave beside codes and scales in `fmt`: a row of VARIANTS, the last one."""
+    found = [ALGORITHMS[step.method].variant for step in applicable(steps, fmt)]
     return next((variant for variant in reversed(found) if variant is not None), None)
 
 
@@ -188,7 +222,7 @@ def calibrated(
     """`linear` after `steps`, one after the other. Raises InputError for statistics that a step
     needs and does not have.
     """
-    for step in steps:
+    for step in applicable(steps, fmt):
         p = linear.pre_quant_scale
         seen = stats if p is None else scaled(stats, p.astype(jnp.float32))
         linear = ALGORITHMS[step.method].run(linear, fmt, seen, params_of(step))
