@@ -5,8 +5,9 @@ start to files written.
     python benchmarks/against_modelopt.py MODEL --peer PEER/bin/python --text FILE.txt
 
 PEER is a virtual environment with torch, transformers and nvidia-modelopt; this script and jqx run
-without torch. Runs alternate, ratios are taken pair by pair, medians are reported. The two results
-are then compared tensor by tensor.
+without torch. ModelOpt simulates NVFP4 on GPUs alone: for searches in it `--emulation FILE.py`
+names a module whose `install_emulation()` does that on a CPU. Runs alternate, ratios are taken
+pair by pair, medians are reported. The two results are then compared tensor by tensor.
 """
 
 import argparse
@@ -28,19 +29,28 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One comparison: our recipe and block, ModelOpt's configuration, and the goals."""
+    """One comparison: our recipe and block, ModelOpt's configuration, and the goals. `emulated`:
+    its search needs the arithmetic of a GPU.
+    """
 
     recipe: str
     config: str
     block: int = 0
     faster: float = 1.0
     memory: float = 0.6
+    emulated: bool = False
 
 
 JOBS = {
     "fp8": Job(recipe="fp8", config="FP8_DEFAULT_CFG", faster=2.0),
     "nvfp4": Job(recipe="nvfp4", config="NVFP4_DEFAULT_CFG", faster=2.0),
     "int4_wo": Job(recipe="int4_wo", config="INT4_BLOCKWISE_WEIGHT_ONLY_CFG", block=64, faster=6.0),
+    "int8_sq": Job(recipe="int8_sq", config="INT8_SMOOTHQUANT_CFG", faster=2.0),
+    "int4_awq": Job(recipe="int4_awq", config="INT4_AWQ_CFG", block=64, faster=5.0),
+    "nvfp4_awq": Job(recipe="nvfp4_awq", config="NVFP4_AWQ_LITE_CFG", emulated=True),
+    "nvfp4_svdquant": Job(
+        recipe="nvfp4_svdquant", config="NVFP4_SVDQUANT_DEFAULT_CFG", emulated=True
+    ),
 }
 SEARCHED = ("input_scale", "k_scale", "v_scale")  # depend on how activations are computed
 
@@ -49,6 +59,7 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--peer", type=Path, required=True, help="python of the peer environment")
     p.add_argument("--text", type=Path, required=True)
+    p.add_argument("--emulation", type=Path, default=None)
     p.add_argument("--jobs", nargs="+", default=["fp8", "int4_wo"], choices=list(JOBS))
     p.add_argument("--sequences", type=int, default=32)
     p.add_argument("--length", type=int, default=512)
@@ -93,6 +104,8 @@ def measure(job: Job, a: argparse.Namespace, ids: Path, folder: Path) -> dict[st
     ours = [jqx, "quantize", a.model, outs[0], "--qformat", job.recipe, "--calib", ids, *options]
     script = HERE / "modelopt_peer.py"
     peer = [a.peer, script, a.model, outs[1], job.config, ids, str(job.block), str(a.threads)]
+    if job.emulated:
+        peer.append(a.emulation or sys.exit(f"{job.recipe} needs --emulation FILE.py"))
     pin = ["taskset", "-c", ",".join(map(str, range(a.threads)))]
     pairs: list[tuple[Run, Run]] = []
     for _ in range(a.runs):

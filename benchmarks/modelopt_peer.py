@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One quantization by NVIDIA ModelOpt, as a process of its own: python modelopt_peer.py MODEL OUT
-CONFIG IDS BLOCK THREADS.
+CONFIG IDS BLOCK THREADS [EMULATION].
 
 Runs in the peer's environment (torch, transformers, nvidia-modelopt), never in ours.
 """
 
 import copy
+import importlib.util
 import os
 import sys
 import warnings
@@ -20,6 +21,13 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(int(threads))
+    if len(sys.argv) > 7:
+        spec = importlib.util.spec_from_file_location("emulation", sys.argv[7])
+        assert spec is not None
+        assert spec.loader is not None
+        emulation = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(emulation)
+        emulation.install_emulation()
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoModelForCausalLM
@@ -41,7 +49,8 @@ def main() -> None:
         not entry.get("enable", True) or "input" not in entry["quantizer_name"]
         for entry in config["quant_cfg"]
     )
-    mtq.quantize(model, config, None if weight_only else forward_loop)
+    data_free = weight_only and config["algorithm"] in (None, "max")
+    mtq.quantize(model, config, None if data_free else forward_loop)
     with torch.inference_mode():
         export_hf_checkpoint(model, export_dir=out)
 

@@ -15,13 +15,6 @@ import jqx_interop as ji
 from jqx_interop.checkpoints import open_checkpoint
 from jqx_interop.recipe_files import read_recipe
 
-SHORTER = {
-    **{"fp8_per_channel_per_token": "fp8_pc_pt", "fp8_2d_blockwise_weight_only": "fp8_pb_wo"},
-    **{"int8_weight_only": "int8_wo", "int4_blockwise_weight_only": "int4_wo"},
-    **{"nvfp4_mlp_weight_only": "nvfp4_mlp_wo", "mxfp4_mlp_weight_only": "mxfp4_mlp_wo"},
-}
-"""Recipe -> what the shared exports are called."""
-
 STEP = 2.0**-7
 """At most this far apart, relative to the smaller, are neighbouring bfloat16 numbers."""
 
@@ -299,31 +292,3 @@ def test_an_unknown_architecture_is_quantized_by_tensor_names(
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"] == want["quantization_config"]
     assert config["model_type"] == "strange"
-
-
-# --- the shared exports, where there are any
-
-
-SHARED = [("fp8", kv) for kv in ("fp8", "fp8_affine", "fp8_cast")]
-SHARED += [("nvfp4", kv) for kv in ("fp8", "nvfp4", "nvfp4_affine")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipe", "kv"), [*((recipe, "none") for recipe in exports.CONFIGS), *SHARED]
-)
-def test_the_shared_exports(shared: Path, tmp_path: Path, recipe: str, kv: str):
-    golden, out = shared / "golden", tmp_path / "out"
-    name = SHORTER.get(recipe, recipe) + ("" if kv == "none" else f"_kv{kv}")
-    ji.ptq(
-        *(golden / "base", out, recipe),
-        kv_cache=kv,
-        calib=golden / "calib_ids.npy",
-        activations=golden / "acts.safetensors",
-    )
-    for file in ("config.json", "hf_quant_config.json", "generation_config.json"):
-        assert (out / file).read_bytes() == (golden / name / file).read_bytes()
-    if (golden / name / "model.safetensors").exists():
-        assert (out / "model.safetensors").read_bytes() == (
-            golden / name / "model.safetensors"
-        ).read_bytes()

@@ -103,15 +103,15 @@ def test_parts_of_a_weight_have_their_own(f, shape, contracted):
 
 
 def test_two_side_by_side():
-    """As a model that fuses queries and keys does it; one of them may have no such part."""
-    a, b = (ENCODE(draw(n, K, seed=n), "int8") for n in (6, 10))
-    (q, part), x = with_part(a), draw(2, K, seed=1)
+    """As a model that fuses queries and keys does it."""
+    a, b = (with_part(ENCODE(draw(n, K, seed=n), "int8")) for n in (6, 10))
+    x = draw(2, K, seed=1)
 
     def f(p, x):
         return x @ jnp.concatenate([p["a"], p["b"]]).T
 
-    got = run(f, {"a": q, "b": b}, x)
-    close(got, jax.jit(f)({"a": DECODE(a) + part, "b": DECODE(b)}, x))
+    dense = {"a": DECODE(a[0]) + a[1], "b": DECODE(b[0]) + b[1]}
+    close(run(f, {"a": a[0], "b": b[0]}, x), jax.jit(f)(dense, x))
 
 
 # --- what it sees of the inputs
@@ -126,7 +126,8 @@ def by_hand(q, x, factor=1, scale=SCALE):
 @pytest.mark.parametrize("factor", [None, np.exp(np.asarray(draw(K, seed=4)))], ids=["1", "p"])
 def test_inputs_are_scaled_for_it_and_not_rounded(factor):
     x = np.asarray(draw(3, K, seed=1)) * 9
-    q = store(draw(N, K), low_rank=factors(N, K), pre_quant_scale=factor)
+    scaled = {} if factor is None else {"pre_quant_scale": factor}
+    q = store(draw(N, K), low_rank=factors(N, K), **scaled)
     want = by_hand(q, x, 1 if factor is None else factor)
     close(run(lambda w, x: x @ w.T, q, x), want)
     saturated = rounded(x * (1 if factor is None else factor))
@@ -237,12 +238,12 @@ def test_products_of_a_few_rows_have_it_too(rows):
 
 # --- what is refused
 
-ALONE = store(draw(N, K), low_rank=factors(N, K), input_format=None, input_scale=None)
+ALONE = ENCODE(draw(N, K), "int8").replace(low_rank=factors(N, K))
 KERNEL, _ = with_part(ENCODE(draw(3, K, 8), "int8", axis=(0, 1)))
 REFUSED = {
-    "looked up": (ALONE, lambda w, x: x[:1] + w[jnp.argmax(x[0])], "rows of it are looked up"),
+    "looked up": (ALONE, lambda w, x: x + w[jnp.argmax(x, axis=1)], "rows of it are looked up"),
     "rows at fixed places": (ALONE, lambda w, x: x + w[jnp.asarray([1, 0])], "drop .* low_rank"),
-    "scaled": (ALONE, lambda w, x: x @ (2 * w).T, "a product as it is .* low_rank$"),
+    "scaled": (ALONE, lambda w, x: x @ (2 * w).T, "or has a low-rank part, .* and low_rank$"),
     "the other axis": (ALONE, lambda w, x: x[:, :N] @ w, "inputs along axis 1"),
     "some of the inputs": (ALONE, lambda w, x: x[:, :8] @ w[:, :8].T, "8 inputs at once"),
     "some of the inputs, in fp8": (
@@ -281,7 +282,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import jqx
 
-MESH = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"), axis_types=(AxisType.KIND,) * 2)
+DEVICES = np.array(jax.devices()).reshape(2, 2)
+MESH = Mesh(DEVICES, ("data", "model"), axis_types=(AxisType.KIND,) * 2)
 on = lambda spec: NamedSharding(MESH, spec)
 w, x = draw(64, 32), draw(4, 32, seed=1)
 q = jqx.QTensor.quantize(w, "nvfp4").replace(

@@ -101,7 +101,14 @@ def test_weights_alone_may_be_used_in_any_way():
 
 
 WRONG = {
-    "low rank": ({"low_rank": (jnp.ones((N, 2)), jnp.ones((2, K)))}, "has a low-rank part"),
+    "two ranks": (
+        {"low_rank": (jnp.ones((N, 2)), jnp.ones((3, K)))},
+        r"low_rank of layer.w has the shapes .*\(16, 2\), .* not .*\(16, 3\), \(3, 32\)",
+    ),
+    "factors the other way round": (
+        {"low_rank": (jnp.ones((2, K)), jnp.ones((N, 2)))},
+        r"low_rank of layer.w .* not .*\(16, 16\), \(16, 32\)",
+    ),
     "a scale too many": ({"input_scale": jnp.ones(2)}, r"input_scale .* shape \(2,\), not \(\)"),
     "a factor too many": ({"pre_quant_scale": jnp.ones(N)}, r"shape \(16,\), not \(32,\)"),
     "no format": ({"input_format": "fp9"}, "unknown input format of layer.w 'fp9'"),

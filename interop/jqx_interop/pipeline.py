@@ -62,7 +62,8 @@ class Inputs:
         """What a report tells of them."""
         if (data := self.calibration) is not None:
             return {"data": str(data.source), "batches": len(data), "tokens": data.tokens}
-        return {"activations": str(self.activations.path)} if self.activations else {}
+        given = {"activations": self.activations, "statistics": self.saved}
+        return {name: str(source.path) for name, source in given.items() if source is not None}
 
 
 def ptq(

@@ -17,8 +17,8 @@ from jqx.formats.format import grid_shape
 from jqx.tensors import QTensor
 from jqx_kernels.bits import divide, round_to
 
-InputStats = Mapping[str, Array]
-"""Kind of statistic -> what is known of the inputs of one linear."""
+InputStats = Mapping[str, Any]
+"""Kind of statistic -> what is known of the inputs of one linear, an array."""
 
 
 class Linear(NamedTuple):

@@ -93,9 +93,8 @@ def dynamic_step(
 
 def _float4(x: Array, fmt: Format, amax: Amax, tensor_amax: Amax) -> Array:
     blocks = block_amax(x, fmt.block)
-    static = amax is not None and amax.ndim > 0
     whole = jnp.max(blocks) if tensor_amax is None else tensor_amax
-    if static:
+    if amax is not None and amax.ndim > 0:
         whole = jnp.max(amax) if tensor_amax is None else tensor_amax
         s = static_step(amax.astype(jnp.float32), whole.astype(jnp.float32), fmt)
     else:
