@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every algorithm for weights is worth on one model: seconds, perplexity and divergence from
-the original, from one calibration.
+the original, from one calibration (`--max-tokens 0`: seconds alone).
 
     python benchmarks/algorithms.py MODEL --calib FILE.txt --text OTHER.txt [--formats int4 nvfp4]
         [--peer NAME=DIR ...]
@@ -102,12 +102,13 @@ def timed(words: list[object]) -> float:
 
 
 def evaluated(a: argparse.Namespace, model: Path) -> dict[str, float]:
-    """Perplexity on the text, and divergence from the original in millinats a token."""
+    """What `jqx eval` says; nothing where no tokens are asked for."""
+    if not a.max_tokens:
+        return {}
     command = [JQX, "eval", model, "--reference", a.model, "--text", a.text, "--json"]
     command += ["--max-tokens", a.max_tokens, "--window", 512, "--stride", 512]
     done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout)
 
 
 def show(row: dict[str, object]) -> None:

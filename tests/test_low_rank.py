@@ -243,7 +243,7 @@ KERNEL, _ = with_part(ENCODE(draw(3, K, 8), "int8", axis=(0, 1)))
 REFUSED = {
     "looked up": (ALONE, lambda w, x: x + w[jnp.argmax(x, axis=1)], "rows of it are looked up"),
     "rows at fixed places": (ALONE, lambda w, x: x + w[jnp.asarray([1, 0])], "drop .* low_rank"),
-    "scaled": (ALONE, lambda w, x: x @ (2 * w).T, "or has a low-rank part, .* and low_rank$"),
+    "scaled": (ALONE, lambda w, x: x @ (2 * w).T, "or has a low-rank part, .* and low_rank"),
     "the other axis": (ALONE, lambda w, x: x[:, :N] @ w, "inputs along axis 1"),
     "some of the inputs": (ALONE, lambda w, x: x[:, :8] @ w[:, :8].T, "8 inputs at once"),
     "some of the inputs, in fp8": (

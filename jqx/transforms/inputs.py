@@ -251,6 +251,7 @@ def check_all_met(record: Record, paths: Iterable[str]) -> None:
         if path in wanted:
             raise InputError(
                 f"{path} quantizes its inputs or has a low-rank part, and it meets an activation "
-                "other than in a product as it is (it is scaled or changed first, or carried through a loop): decode it "
-                "first, or drop its input_format, pre_quant_scale and low_rank"
+                "other than in a product as it is (it is scaled or changed first, or carried "
+                "through a loop): decode it first, or drop its input_format, pre_quant_scale and "
+                "low_rank"
             )
