@@ -8,6 +8,7 @@ from .api import kv_rounding as kv_rounding
 from .api import quantize as quantize
 from .calibration.run import calibrate as calibrate
 from .config import KEEP as KEEP
+from .config import Algorithm as Algorithm
 from .config import QuantConfig as QuantConfig
 from .config import Rule as Rule
 from .errors import InputError as InputError

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from stored_trees import ROWS, amax_of, drawn, leaves, model_of
 
 import jqx_interop as ji
-from jqx.config import Choice, base_format
+from jqx.config import Choice
 from jqx.formats import Format, find_format, grid_shape
 from jqx.models import BF16, FLOAT32, block_prefix, forward
 from jqx.models.layers import module
@@ -32,7 +32,7 @@ from jqx_interop.checkpoints import MappedTensors
 from jqx_interop.checkpoints.layout import read_header
 from jqx_interop.stored import open_model, read_block, read_params
 from jqx_interop.targets import TARGETS, choices_of, kv_of, read_stated
-from jqx_interop.targets.modelopt import ALGOS, KV_ALGOS
+from jqx_interop.targets.modelopt import ALGOS, KV_ALGOS, VARIANT_ALGOS
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +134,14 @@ def test_weights_err_as_the_reference_tool_measured(shared: Path):
     x = x.astype(np.float32)
     wanted = x @ read_dense(golden / "base", path).T
     for folder in sorted(file.parent for file in golden.glob("*/golden.json")):
-        if folder.name in ("nvfp4_svdquant", "w4a8_awq", "mixed_fp8_w4a8"):
-            continue
         if path not in (source := open_model(folder)).choices:
             continue
         q = flatten(read_params(source, [f"{path}.weight"]))[f"{path}.weight"]
         factor = 1 if q.pre_quant_scale is None else np.asarray(q.pre_quant_scale, np.float32)
-        got = (x * factor) @ np.asarray(decode(q)).T
+        w = np.asarray(decode(q))
+        if q.low_rank is not None:
+            w = w + np.matmul(*(np.asarray(part, np.float32) for part in q.low_rank))
+        got = (x * factor) @ w.T
         error = np.square(got - wanted).sum() / np.square(wanted).sum()
         said = json.loads((folder / "golden.json").read_text())["output_error"][path]
         assert abs(error / said - 1) < 0.02, folder.name
@@ -282,6 +283,8 @@ def test_factors_and_names_of_awq(stored, tmp_path: Path):
     write(folder, {n: a.copy() for n, a in arrays.items()} | {f"{name}.pre_quant_scale": factor})
     model = ji.load(folder)
     found = flatten(model.params)[f"{name}.weight"]
+    variants = {choice.variant for choice in open_model(folder).choices.values()}
+    assert variants == {"awq"}
     np.testing.assert_array_equal(found.pre_quant_scale, factor)
     same({"a": found.replace(pre_quant_scale=None)}, {"a": leaves(row)[f"{name}.weight"]})
 
@@ -297,31 +300,31 @@ def test_a_head_may_be_quantized(tmp_path: Path):
     assert open_model(tmp_path / "out").choices["lm_head"] == Choice(weight="int8")
 
 
-PAIRS = sorted(ALGOS, key=str)
+NAMED = (*((*pair, None) for pair in ALGOS), *VARIANT_ALGOS)
+CHOICES = [Choice(weight=w, input=i, variant=v) for w, i, v in sorted(NAMED, key=str)]
 LINEARS = [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("a.q", "a.qq", "mlp.up", "mlp.down")]
 SHAPE = (8, 384)
 
 
 @given(
-    pairs=st.lists(st.sampled_from([None, *PAIRS]), min_size=8, max_size=8),
+    chosen=st.lists(st.sampled_from([None, *CHOICES]), min_size=8, max_size=8),
     one=st.booleans(),
     block=st.sampled_from([None, 48, 64]),
     kv=st.sampled_from([None, *KV_ALGOS]),
     left=st.sampled_from(["both", "config.json", "hf_quant_config.json"]),
 )
-def test_what_is_described_is_what_is_read(pairs, one, block, kv, left):
+def test_what_is_described_is_what_is_read(chosen, one, block, kv, left):
     """`choices_of` after `describe` is the identity, but for mxfp4, whose name says nothing of
     inputs.
     """
     if one:
-        first = next((pair for pair in pairs if pair), ("fp8", "fp8"))
-        pairs = [pair and first for pair in pairs]
+        first = next((choice for choice in chosen if choice), Choice(weight="fp8", input="fp8"))
+        chosen = [choice and first for choice in chosen]
     found = {}
-    for path, pair in zip(LINEARS, pairs, strict=True):
-        if pair is not None:
-            blocks = find_format(pair[0]).block[0] == 1 and find_format(pair[0]).block[1]
-            vary = block and blocks and base_format(pair[0]) in ("int4", "mxfp8")
-            found[path] = Choice(weight=f"{pair[0]}_b{block}" if vary else pair[0], input=pair[1])
+    for path, choice in zip(LINEARS, chosen, strict=True):
+        if choice is not None:
+            vary = block and choice.weight in ("int4", "int4_fp8", "mxfp8")
+            found[path] = replace(choice, weight=f"{choice.weight}_b{block}") if vary else choice
     if not found:
         return
     rest = [path for path in LINEARS if path not in found]

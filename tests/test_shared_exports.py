@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import exports
-import numpy as np
 import pytest
-import reference
 from command import jqx
+from outputs import output_errors
 from safetensors.numpy import load_file
 
 import jqx_interop as ji
@@ -72,49 +71,6 @@ ROWS = {
 }
 """Folder -> how it is made."""
 
-NORMS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "post_attention_layernorm"),
-}
-
-
-def decoded(found: dict[str, np.ndarray], path: str) -> np.ndarray:
-    """The float32 weight that the stored arrays of one linear stand for."""
-    codes, scale = found[f"{path}.weight"], found[f"{path}.weight_scale"]
-    if codes.dtype == np.uint8 and scale.dtype == np.float32:  # int4: two rows a byte
-        pairs = np.stack([codes & 15, codes >> 4], 1).reshape(-1, codes.shape[1])
-        steps = np.repeat(scale, pairs.shape[1] // scale.shape[1], 1)
-        return reference.value("int4", pairs) * steps
-    if codes.dtype == np.uint8:  # two columns a byte
-        pairs = np.stack([codes & 15, codes >> 4], -1).reshape(codes.shape[0], -1)
-        steps = np.repeat(scale.astype(np.float32), pairs.shape[1] // scale.shape[1], 1)
-        return reference.value("e2m1", pairs) * (steps * found[f"{path}.weight_scale_2"])
-    return codes.astype(np.float32) * (scale[:, None] if scale.ndim else scale)
-
-
-def output_errors(base: dict, found: dict, acts: dict) -> dict[str, float]:
-    """Linear -> |X p W'^T - X W^T|^2 / |X W^T|^2, where p is its pre_quant_scale, or what a norm
-    took.
-    """
-    errors = {}
-    for path in sorted({key.partition("|")[0] for key in acts}):
-        w = base[f"{path}.weight"].astype(np.float32)
-        rows = [x for key, x in acts.items() if key.startswith(f"{path}|")]
-        x = np.concatenate([x.reshape(-1, x.shape[-1]) for x in rows]).astype(np.float32)
-        factor = found.get(f"{path}.pre_quant_scale", np.ones(1)).astype(np.float32)
-        parent, name = path.split(".")[:3], path.split(".")[-1]
-        if f"{path}.pre_quant_scale" not in found and name in NORMS:
-            gain = ".".join((*parent, NORMS[name], "weight"))
-            factor = found[gain].astype(np.float32) / base[gain].astype(np.float32)
-        near = decoded(found, path)
-        if (inner := f"{path}.weight_quantizer._svdquant_lora_a") in found:
-            outer = found[inner.replace("lora_a", "lora_b")].astype(np.float32)
-            near = near + outer @ found[inner].astype(np.float32)
-        wanted = x @ w.T
-        errors[path] = float(np.square((x * factor) @ near.T - wanted).sum() / np.square(wanted).sum())
-    return errors
-
-
 def test_every_folder_has_a_row(shared: Path):
     folders = {path.parent.name for path in (shared / "golden").glob("*/golden.json")}
     assert set(ROWS) == {name for name in folders if not name.startswith("mixed_")}
@@ -141,13 +97,16 @@ def test_the_shared_exports(shared: Path, tmp_path: Path, name: str, row: Row):
     kinds = ({n: t[:2] for n, t in exports.read_tensors(d).items()} for d in (out, golden / name))
     assert next(kinds) == next(kinds)
     said = json.loads((golden / name / "golden.json").read_text())["output_error"]
-    base, acts = load_file(golden / "base" / "model.safetensors"), load_file(golden / "acts.safetensors")
+    base, acts = (load_file(golden / f) for f in ("base/model.safetensors", "acts.safetensors"))
     for path, error in output_errors(base, load_file(mine), acts).items():
         if said[path] is not None:
             assert error <= row.factor * said[path], path
 
 
-@pytest.mark.parametrize("name", ["int4_awq", "int4_gptq", "nvfp4_awq", "nvfp4_svdquant", "int8_sq"])
+MEASURED = ["int4_awq", "int4_gptq", "nvfp4_awq", "nvfp4_svdquant", "int8_sq"]
+
+
+@pytest.mark.parametrize("name", MEASURED)
 def test_errors_of_outputs_are_those_of_the_reference_tool(shared: Path, name: str):
     """The measure itself."""
     golden = shared / "golden"

@@ -12,9 +12,10 @@ import numpy as np
 from jqx.calibration.histograms import BINS, MOST_BINS
 from jqx.calibration.moments import Wanted
 from jqx.errors import InputError
+from jqx.recipes import Recipe
 
 from .checkpoints import ShardWriter, TensorOut, Workspace, digest, dtype_name, plan_file
-from .collecting import readers, wanted_of
+from .collecting import kinds_of, readers, wanted_of
 from .job import Attention, Job, prepare
 from .pipeline import Inputs, fingerprint, load_inputs, source_of
 from .progress import Progress
@@ -26,18 +27,18 @@ EVERYTHING = ("amax", "channel_amax", "channel_mean", "square", "block_gram", "g
 """What any algorithm but those of histograms needs."""
 
 
-def job_for(model: str | Path, recipes: Iterable[str], settings: Settings) -> Job:
+def job_for(model: str | Path, recipes: Iterable[str | Recipe], settings: Settings) -> Job:
     """What is collected for `recipes`, or for all of them where there are none: a job that writes
     nothing.
     """
-    jobs = [prepare(model, name, settings) for name in recipes]
+    jobs = [prepare(model, recipe, settings) for recipe in recipes]
     if not jobs:
         base = prepare(model, "int8", settings)
         return replace(base, asked=dict.fromkeys(base.choices, EVERYTHING))
     asked: dict[str, dict[str, None]] = {}
     for job in jobs:
         for path in job.choices:
-            asked.setdefault(path, {}).update(dict.fromkeys(job.wanted(path)))
+            asked.setdefault(path, {}).update(dict.fromkeys(kinds_of(job, path)))
     widest = max(jobs, key=lambda job: len(job.choices))
     choices = {path: choice for job in jobs for path, choice in job.choices.items()}
     order = [path for path in widest.modules if path in choices]
@@ -48,7 +49,7 @@ def job_for(model: str | Path, recipes: Iterable[str], settings: Settings) -> Jo
 def calibrate(
     model: str | Path,
     out: str | Path,
-    recipes: Iterable[str],
+    recipes: Iterable[str | Recipe],
     settings: Settings,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -65,8 +66,9 @@ def calibrate(
     facts = _facts(job, inputs, entries)
     plan = plan_file(FILE, [t for _, tensors in entries.values() for t in tensors])
     with Workspace(out, job.checkpoint.path) as space:
+        kept = {"stats": facts, "tensors": [tensor.name for tensor in plan.tensors]}
         records = space.begin(
-            {"stats": facts, **fingerprint(job, inputs)}, restart=settings.restart
+            {**kept, **fingerprint(job, inputs)}, restart=settings.restart
         )
         done = {record["unit"] for record in records if "unit" in record}
         finished = {t.name for unit, tensors in entries.values() if unit in done for t in tensors}
@@ -176,5 +178,3 @@ def _arrays(
         yield f"{path}|amax", np.asarray(amax, np.float32)
         if bias is not None:
             yield f"{path}|affine_bias", bias
-
-

@@ -37,6 +37,17 @@ def readers(job: Job, unit: int) -> dict[str, tuple[str, ...]]:
     return {leader: tuple(members) for leader, members in found.items()}
 
 
+def kinds_of(job: Job, path: str) -> tuple[str, ...]:
+    """What is collected for one linear: all second moments instead of those of blocks that would
+    not hold the blocks of its format. What is `asked` for several recipes is that already.
+    """
+    kinds, width = job.wanted(path), job.modules[path].shape[1]
+    columns = find_format(job.choices[path].weight or "").block[1] or width
+    if job.asked is None and math.gcd(width, BLOCK) % columns:
+        kinds = tuple("gram" if kind == "block_gram" else kind for kind in kinds)
+    return tuple(dict.fromkeys(kinds))
+
+
 def wanted_of(job: Job, members: Iterable[str], tokens: int) -> Wanted:
     """What is collected of the input of `members`, of which there are `tokens` in all: the tokens
     themselves instead of second moments where they are fewer than channels.
@@ -45,16 +56,11 @@ def wanted_of(job: Job, members: Iterable[str], tokens: int) -> Wanted:
     recipes gives the bytes of each.
     """
     members = tuple(members)
-    kinds = dict.fromkeys(kind for path in members for kind in job.wanted(path))
+    kinds = dict.fromkeys(kind for path in members for kind in kinds_of(job, path))
     width = job.modules[members[0]].shape[1]
-    block = math.gcd(width, BLOCK)
-    blocks = [find_format(job.choices[p].weight or "").block[1] or width for p in members]
-    if "block_gram" in kinds and any(block % b for b in blocks):
-        kinds |= {"gram": None}
-        del kinds["block_gram"]
     if "gram" in kinds and tokens < width:
         kinds = {"root" if kind == "gram" else kind: None for kind in kinds}
-    return Wanted(tuple(kinds), width, block, tokens)
+    return Wanted(tuple(kinds), width, math.gcd(width, BLOCK), tokens)
 
 
 class Collecting:
@@ -101,7 +107,6 @@ class Collecting:
             check_finite(leader, stats)
             found |= dict.fromkeys(members, stats)
         return found
-
 
     def _counts(self, path: str) -> dict[str, np.ndarray | np.float32]:
         """The histogram of one input, if there is one, with bins to a multiple of the first."""

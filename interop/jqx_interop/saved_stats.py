@@ -15,11 +15,12 @@ import numpy as np
 from jqx.calibration.histograms import FIRST_BINS
 from jqx.config import KV_FORMATS
 from jqx.errors import InputError
-from jqx.recipes import find_kv
+from jqx.recipes import RECIPES, find_kv
 
 from .checkpoints import digest
 from .checkpoints.layout import read_header
 from .checkpoints.mapped import MappedTensors
+from .collecting import kinds_of
 from .job import Job
 from .runner import BlockStats
 
@@ -56,13 +57,13 @@ class SavedStats:
     def _check(self) -> None:
         job = self._job
         for path in job.choices:
-            for kind in job.wanted(path):
+            for kind in kinds_of(job, path):
                 if self._name(path, kind) is None:
                     methods = ", ".join(step.method for step in job.config.steps)
                     raise InputError(
                         f"{self.path} has no {kind!r} of the inputs of {path}, which {methods} "
                         f"with {job.choices[path].weight} needs; collect it: jqx calibrate "
-                        f"{job.checkpoint.path} STATS --qformat {job.recipe.name}"
+                        f"{job.checkpoint.path} STATS {self._recipe()}"
                     )
         kept = self.facts.get("kv")
         if job.needs_kv and (kept is None or _affine(kept) != job.kv_format.affine):
@@ -70,6 +71,13 @@ class SavedStats:
                 f"{self.path} has no statistics for --kv-cache {job.kv} (it has {kept}); collect "
                 f"them: jqx calibrate {job.checkpoint.path} STATS --kv-cache {job.kv}"
             )
+
+    def _recipe(self) -> str:
+        """How `jqx calibrate` is told what the job needs."""
+        name, other = self._job.recipe.name, self._job.settings.algorithm
+        if name in RECIPES and other is None:
+            return f"--qformat {name}"
+        return "--recipe FILE" + (f", which says algorithm: {other}" if other else "")
 
     def _name(self, path: str, kind: str) -> str | None:
         """The tensor with a statistic: that of the linear, or of the one that stands for its
@@ -91,8 +99,7 @@ class SavedStats:
         for path in job.choices:
             if path + ".weight" not in inside:
                 continue
-            wanted = job.wanted(path)
-            names = [self._name(path, kind) for kind in wanted]
+            names = [self._name(path, kind) for kind in kinds_of(job, path)]
             for name in names:
                 if name is not None and name not in known:
                     known[name] = self._read(name)
@@ -105,6 +112,8 @@ class SavedStats:
 
     def _read(self, name: str) -> Any:
         array = self._mapped.read(name)
+        if not np.isfinite(array).all():
+            raise InputError(f"{self.path / FILE}: {name} is not finite; calibrate again")
         if name.endswith("|histogram"):
             used = int(np.max(np.nonzero(array)[0], initial=0)) + 1
             array = array[: max(FIRST_BINS, -(-used // FIRST_BINS) * FIRST_BINS)]
@@ -114,13 +123,22 @@ class SavedStats:
 
     def _kv(self, path: str) -> tuple[float, np.ndarray | None]:
         bias = f"{path}|affine_bias"
-        found = np.array(self._mapped.read(bias)) if bias in self._names else None
-        return float(self._mapped.read(f"{path}|amax")), found
+        found = np.array(self._read(bias)) if bias in self._names else None
+        return float(self._read(f"{path}|amax")), found
 
 
 def _affine(kv: str) -> bool:
     name = find_kv(kv)
     return name is not None and KV_FORMATS[name].affine
+
+
+def _described(facts: Any) -> bool:
+    return (
+        isinstance(facts, dict)
+        and facts.get("jqx_stats") == VERSION
+        and isinstance(facts.get("readers"), dict)
+        and isinstance(facts.get("kv"), str | None)
+    )
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
@@ -133,6 +151,6 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(facts, dict) or facts.get("jqx_stats") != VERSION:
+    if not _described(facts):
         raise InputError(f"{path} describes no statistics of a layout known here; calibrate again")
     return facts

@@ -19,9 +19,13 @@ def calibrate(  # noqa: PLR0913  a command's options are its parameters
     qformat: Annotated[
         list[str] | None,
         typer.Option(
-            help="A recipe it is for; may be repeated. Default: all.",
+            help="A recipe it is for; may be repeated. Default: all, but for histograms.",
             autocompletion=complete_formats,
         ),
+    ] = None,
+    recipe: Annotated[
+        list[Path] | None,
+        typer.Option(help="A recipe file (YAML) it is for; may be repeated."),
     ] = None,
     kv_cache: Annotated[
         str, typer.Option(help="Format of keys and values.", autocompletion=complete_kv)
@@ -68,6 +72,7 @@ def calibrate(  # noqa: PLR0913  a command's options are its parameters
     For all recipes second moments are kept: as many numbers a linear as its inputs squared.
     """
     from jqx_interop.calibrate import calibrate as collect
+    from jqx_interop.recipe_files import read_recipe
     from jqx_interop.settings import Settings
 
     from .quantize import _pair
@@ -84,8 +89,9 @@ def calibrate(  # noqa: PLR0913  a command's options are its parameters
         options=tuple(_pair(text) for text in set_ or ()),
         restart=restart,
     )
+    recipes = (*(qformat or ()), *(read_recipe(file) for file in recipe or ()))
     with Bars() as bars:
-        facts = collect(model, destination, tuple(qformat or ()), settings, bars)
+        facts = collect(model, destination, recipes, settings, bars)
     if as_json:
         print_json(facts)
     else:

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches from the command line: what they write, that outputs are nearer for it, and what must
+not change a byte.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_model
+from command import jqx, snapshot
+from outputs import output_errors
+
+import jqx_interop as ji
+from jqx_interop import pipeline
+from jqx_interop.checkpoints import Workspace
+
+MSE = "--algorithm mse --set fp8_scale_sweep=true"
+INT4, NVFP4 = "int4 --set block=32", "nvfp4"
+
+
+class Row(NamedTuple):
+    """One command: its options, those of the plain recipe whose outputs are further off (None where
+    outputs are not what is searched), and a leaf that it alone writes.
+    """
+
+    options: str
+    plain: str | None = None
+    leaf: str = "weight_scale"
+
+
+ROWS = {
+    "int4_awq": Row("int4_awq --set block=32", INT4, "pre_quant_scale"),
+    "w4a8_awq": Row("w4a8_awq --set block=32", INT4, "weight_scale_2"),
+    "nvfp4_awq": Row("nvfp4_awq", None, "weight_scale_2"),
+    "nvfp4_svdquant": Row(
+        "nvfp4_svdquant --set lowrank=8", NVFP4, "weight_quantizer._svdquant_lora_a"
+    ),
+    "int8_sq": Row("int8_sq", None, "pre_quant_scale"),
+    "awq_clip": Row("int4_awq --set block=32 --algorithm awq_clip", INT4),
+    "awq_full": Row("int4_awq --set block=32 --algorithm awq_full", INT4, "pre_quant_scale"),
+    "gptq": Row("int4 --set block=32 --algorithm gptq", INT4),
+    "wmse": Row("int4 --set block=32 --algorithm wmse", INT4),
+    "mse sweep": Row("nvfp4_mse", None, "weight_scale_2"),
+    "four over six": Row("nvfp4_4o6", None, "weight_scale_2"),
+    "local hessian": Row("nvfp4_local_hessian", NVFP4),
+    "headroom": Row("nvfp4 --algorithm nvfp4_act_headroom", None, "input_scale"),
+    "percentile": Row("fp8 --algorithm percentile", None, "input_scale"),
+    "entropy": Row("int8 --algorithm entropy", None, "input_scale"),
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """The model, and the plain recipes that searches are compared with."""
+    folder = small_model.write(tmp_path_factory.mktemp("small"))
+    for name, options in (("int4", INT4), ("nvfp4", NVFP4)):
+        quantized(folder, folder / name, options)
+    return folder
+
+
+def quantized(folder: Path, out: Path, options: str, *more: object, ids: bool = False) -> Path:
+    data = ("--calib", folder / "ids.npy")
+    data = data if ids else (*data, "--activations", folder / "acts.safetensors")
+    done = jqx("quantize", folder / "model", out, "--qformat", *options.split(), *data, *more)
+    assert done.code == 0, done.err
+    return out
+
+
+def error_of(folder: Path, out: Path) -> float:
+    """The mean relative error of outputs."""
+    base = small_model.tensors(folder / "model")
+    found = output_errors(base, small_model.tensors(out), small_model.activations())
+    return float(np.mean(list(found.values())))
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_what_is_written(small: Path, tmp_path: Path, row: Row):
+    out = quantized(small, tmp_path / "out", row.options)
+    params = ji.load(out)[1]
+    found = small_model.tensors(out)
+    assert any(name.endswith(row.leaf) for name in found)
+    for name, array in found.items():
+        assert np.isfinite(array.astype(np.float32)).all(), name
+    assert params
+    if row.plain is not None:
+        plain = {INT4: "int4", NVFP4: "nvfp4"}[row.plain]
+        assert error_of(small, out) < 0.97 * error_of(small, small / plain)
+
+
+def test_searches_of_input_scales_change_nothing_else(small: Path, tmp_path: Path):
+    for options in ("fp8 --algorithm percentile", "int8 --algorithm entropy"):
+        name, *_ = options.split()
+        mine = small_model.tensors(quantized(small, tmp_path / options, options))
+        plain = small_model.tensors(quantized(small, tmp_path / name, name))
+        assert mine.keys() == plain.keys()
+        for key, array in mine.items():
+            same = array.tobytes() == plain[key].tobytes()
+            assert same or key.endswith("input_scale"), key
+            if key.endswith("input_scale"):
+                assert 0 < array <= plain[key]
+        assert any(mine[k] < plain[k] for k in mine if k.endswith("input_scale"))
+
+
+def test_factors_are_folded_so_that_the_model_computes_the_same(small: Path, tmp_path: Path):
+    """Decoded weights of a search are near the original ones, once what moved is moved back."""
+    base, acts = small_model.tensors(small / "model"), small_model.activations()
+    found = small_model.tensors(quantized(small, tmp_path / "out", "nvfp4_awq"))
+    assert not [name for name in found if name.endswith("pre_quant_scale")]
+    errors = output_errors(base, found, acts)
+    for i in range(2):
+        parts = [f"model.layers.{i}.mlp.{name}_proj" for name in ("up", "down")]
+        weights = [base[f"{path}.weight"].astype(np.float32) for path in parts]
+        assert errors[f"model.layers.{i}.mlp.gate_proj"] < 0.05
+        assert errors[f"model.layers.{i}.self_attn.q_proj"] < 0.05
+        assert max(errors[path] for path in parts) > 0.05  # each is meant to be off
+        r = np.random.RandomState(i)
+        h, act = r.standard_normal((20, 64)), r.standard_normal((20, 128))
+        gain = f"model.layers.{i}.post_attention_layernorm.weight"
+        p = found[gain].astype(np.float32) / base[gain].astype(np.float32)
+        from outputs import decoded
+
+        near = [decoded(found, path) for path in parts]
+        wanted = (act * (h @ weights[0].T)) @ weights[1].T
+        got = (act * ((h * p) @ near[0].T)) @ near[1].T
+        assert np.square(got - wanted).sum() / np.square(wanted).sum() < 0.05
+
+
+# --- what must not change a byte
+
+DETERMINED = ("int4_awq --set block=32 --algorithm awq_full", "nvfp4_local_hessian", "fp8 --algorithm percentile")
+
+
+@pytest.mark.parametrize("options", DETERMINED)
+def test_batches_and_threads_change_no_byte(small: Path, tmp_path: Path, options, monkeypatch):
+    wanted = snapshot(quantized(small, tmp_path / "whole", options, ids=True))
+    for rows in (1, 4):
+        got = quantized(small, tmp_path / f"by {rows}", options, "--batch-size", rows, ids=True)
+        assert snapshot(got) == wanted
+    spilled = quantized(small, tmp_path / "spilled", options, "--max-memory", "1KiB", ids=True)
+    assert snapshot(spilled) == wanted
+    for count in (1, 4):
+        monkeypatch.setattr(pipeline, "processors", lambda count=count: count)
+        assert snapshot(quantized(small, tmp_path / f"{count}", options, ids=True)) == wanted
+
+
+@pytest.mark.parametrize("options", [DETERMINED[0], "nvfp4_awq"])
+@pytest.mark.parametrize("memory", ["4GiB", "1KiB"])
+def test_a_run_that_was_stopped_goes_on(small: Path, tmp_path: Path, options, memory, monkeypatch):
+    given = (options, "--max-memory", memory)
+    wanted = snapshot(quantized(small, tmp_path / "whole", *given, ids=True))
+    record = Workspace.record
+    for kept in (0, 1, 2, 3):
+        out, left = tmp_path / f"out {kept}", [kept]
+
+        def stops(self: Workspace, what: dict, left=left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            record(self, what)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Workspace, "record", stops)
+            data = ("--calib", small / "ids.npy", *given[1:])
+            done = jqx("quantize", small / "model", out, "--qformat", *options.split(), *data)
+            assert done.code == 130, done.err
+        assert not out.exists()
+        assert snapshot(quantized(small, out, *given, ids=True)) == wanted
+
+
+def test_from_ids_searches_meet_the_inputs_of_the_model(small: Path, tmp_path: Path):
+    """Scales of channels follow the data: other ids give others."""
+    one = small_model.tensors(quantized(small, tmp_path / "one", ROWS["int8_sq"].options, ids=True))
+    ids = np.load(small / "ids.npy")
+    np.save(tmp_path / "ids.npy", ids[::-1] // 2)
+    (tmp_path / "model").symlink_to(small / "model")
+    other = small_model.tensors(quantized(tmp_path, tmp_path / "other", ROWS["int8_sq"].options, ids=True))
+    name = "model.layers.1.mlp.down_proj.pre_quant_scale"
+    assert one[name].dtype == jnp.bfloat16
+    assert (one[name] != other[name]).any()
