@@ -1,14 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far the outputs of stored linears are off on recorded inputs, read from the files alone."""
 
+from pathlib import Path
+
+import exports
+import ml_dtypes
 import numpy as np
 import reference
+
+KINDS = {
+    "F32": np.dtype("f4"),
+    "I32": np.dtype("i4"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 
 NORMS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm"),
     **dict.fromkeys(("gate_proj", "up_proj"), "post_attention_layernorm"),
 }
 Arrays = dict[str, np.ndarray]
+
+
+def read(folder: Path) -> Arrays:
+    """Everything in the safetensors files of a folder."""
+    return {
+        name: np.frombuffer(raw, KINDS[dtype]).reshape(shape)
+        for name, (dtype, shape, raw) in exports.read_tensors(folder).items()
+    }
 
 
 def decoded(found: Arrays, path: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 import exports
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -57,9 +57,3 @@ def activations() -> dict[str, np.ndarray]:
             for twin in exports.SIBLINGS.get(leaf, (leaf,)):
                 found |= {f"{parent}.{twin}|{i}": batch for i, batch in enumerate(x)}
     return found
-
-
-def tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Everything in the safetensors files of a checkpoint."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: array for file in files for name, array in load_file(file).items()}

@@ -283,8 +283,7 @@ def test_factors_and_names_of_awq(stored, tmp_path: Path):
     write(folder, {n: a.copy() for n, a in arrays.items()} | {f"{name}.pre_quant_scale": factor})
     model = ji.load(folder)
     found = flatten(model.params)[f"{name}.weight"]
-    variants = {choice.variant for choice in open_model(folder).choices.values()}
-    assert variants == {"awq"}
+    assert {choice.variant for choice in open_model(folder).choices.values()} == {"awq"}
     np.testing.assert_array_equal(found.pre_quant_scale, factor)
     same({"a": found.replace(pre_quant_scale=None)}, {"a": leaves(row)[f"{name}.weight"]})
 

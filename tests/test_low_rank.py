@@ -301,6 +301,14 @@ if "KIND" == "Explicit":
 got = jax.jit(linear)(put, batch)
 assert len(got.sharding.device_set) == 4
 np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+# summed over what lies on several devices
+out = P("data", None) if "KIND" == "Explicit" else None
+f = lambda w, x: jnp.einsum("bk,nk->bn", x, w, out_sharding=out)
+columns = q.shardings(on(P(None, "model")))
+put, batch = jax.device_put(q, columns), jax.device_put(x, on(P("data", "model")))
+np.testing.assert_allclose(jax.jit(jqx.quantized(f))(put, batch), want, rtol=1e-5, atol=1e-4)
+put, batch = jax.device_put(q, places), jax.device_put(x, on(P("data", None)))
 if "KIND" == "Auto":
     piece = jax.tree.map(lambda a: a.spec, places)
     parts = P("data", "model")

@@ -17,6 +17,7 @@ from test_observe import LAYOUTS
 import jqx
 from jqx.formats import FORMATS
 from jqx.transforms import uses
+from jqx.transforms.decoding import decoded_after
 
 # --- a linear
 
@@ -108,6 +109,13 @@ def test_dtypes_stay(dtype):
     want = rounded(x).astype(np.float32) @ np.asarray(DECODE(q), np.float32).T
     assert DECODE(q).dtype == dtype
     np.testing.assert_allclose(run(f, {"w": q}, x), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_are_not_decoded_before_the_activation_is_there(name):
+    """What a program does not use it does not take."""
+    q, latest = store(normal(4, 128), name), jax.ShapeDtypeStruct((3, 77), jnp.float32)
+    assert "3x77xf32" in jax.jit(decoded_after).lower(latest, q).as_text()
 
 
 # --- trees and functions

@@ -127,6 +127,17 @@ def test_another_block_size_and_no_directory(tmp_path: Path):
     assert set(content(out)) == {"config.json", "hf_quant_config.json", "model.safetensors"}
 
 
+def test_four_over_six_is_called_what_engines_read(tmp_path: Path):
+    model = model_of(Export(model="llama", recipe="nvfp4"))
+    changes = {
+        name: q.replace(format=FORMATS["nvfp4_46"])
+        for name, q in flatten(model.params).items()
+        if isinstance(q, QTensor)
+    }
+    out = ji.save(with_leaves(model, changes), tmp_path / "out")
+    assert content(out) == content(ji.save(model, tmp_path / "plain"))
+
+
 def test_the_dtype_of_the_parameters_is_the_models(tmp_path: Path):
     model = dense()
     params = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import small_model
 from command import jqx, snapshot
-from outputs import output_errors
+from outputs import decoded, output_errors, read
 
 import jqx_interop as ji
 from jqx_interop import pipeline
 from jqx_interop.checkpoints import Workspace
 
-MSE = "--algorithm mse --set fp8_scale_sweep=true"
 INT4, NVFP4 = "int4 --set block=32", "nvfp4"
 
 
@@ -71,20 +70,19 @@ def quantized(folder: Path, out: Path, options: str, *more: object, ids: bool = 
 
 def error_of(folder: Path, out: Path) -> float:
     """The mean relative error of outputs."""
-    base = small_model.tensors(folder / "model")
-    found = output_errors(base, small_model.tensors(out), small_model.activations())
+    base = read(folder / "model")
+    found = output_errors(base, read(out), small_model.activations())
     return float(np.mean(list(found.values())))
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_what_is_written(small: Path, tmp_path: Path, row: Row):
     out = quantized(small, tmp_path / "out", row.options)
-    params = ji.load(out)[1]
-    found = small_model.tensors(out)
+    assert ji.load(out).params
+    found = read(out)
     assert any(name.endswith(row.leaf) for name in found)
     for name, array in found.items():
         assert np.isfinite(array.astype(np.float32)).all(), name
-    assert params
     if row.plain is not None:
         plain = {INT4: "int4", NVFP4: "nvfp4"}[row.plain]
         assert error_of(small, out) < 0.97 * error_of(small, small / plain)
@@ -93,21 +91,21 @@ def test_what_is_written(small: Path, tmp_path: Path, row: Row):
 def test_searches_of_input_scales_change_nothing_else(small: Path, tmp_path: Path):
     for options in ("fp8 --algorithm percentile", "int8 --algorithm entropy"):
         name, *_ = options.split()
-        mine = small_model.tensors(quantized(small, tmp_path / options, options))
-        plain = small_model.tensors(quantized(small, tmp_path / name, name))
+        mine = read(quantized(small, tmp_path / options, options))
+        plain = read(quantized(small, tmp_path / name, name))
         assert mine.keys() == plain.keys()
         for key, array in mine.items():
             same = array.tobytes() == plain[key].tobytes()
             assert same or key.endswith("input_scale"), key
             if key.endswith("input_scale"):
-                assert 0 < array <= plain[key]
+                assert 0 < array <= plain[key] * 1.001  # the end of a bin
         assert any(mine[k] < plain[k] for k in mine if k.endswith("input_scale"))
 
 
 def test_factors_are_folded_so_that_the_model_computes_the_same(small: Path, tmp_path: Path):
     """Decoded weights of a search are near the original ones, once what moved is moved back."""
-    base, acts = small_model.tensors(small / "model"), small_model.activations()
-    found = small_model.tensors(quantized(small, tmp_path / "out", "nvfp4_awq"))
+    base, acts = read(small / "model"), small_model.activations()
+    found = read(quantized(small, tmp_path / "out", "nvfp4_awq"))
     assert not [name for name in found if name.endswith("pre_quant_scale")]
     errors = output_errors(base, found, acts)
     for i in range(2):
@@ -120,8 +118,6 @@ def test_factors_are_folded_so_that_the_model_computes_the_same(small: Path, tmp
         h, act = r.standard_normal((20, 64)), r.standard_normal((20, 128))
         gain = f"model.layers.{i}.post_attention_layernorm.weight"
         p = found[gain].astype(np.float32) / base[gain].astype(np.float32)
-        from outputs import decoded
-
         near = [decoded(found, path) for path in parts]
         wanted = (act * (h @ weights[0].T)) @ weights[1].T
         got = (act * ((h * p) @ near[0].T)) @ near[1].T
@@ -130,13 +126,13 @@ def test_factors_are_folded_so_that_the_model_computes_the_same(small: Path, tmp
 
 # --- what must not change a byte
 
-DETERMINED = ("int4_awq --set block=32 --algorithm awq_full", "nvfp4_local_hessian", "fp8 --algorithm percentile")
+DETERMINED = ("int4_awq --set block=32", "nvfp4_local_hessian", "fp8 --algorithm percentile")
 
 
 @pytest.mark.parametrize("options", DETERMINED)
 def test_batches_and_threads_change_no_byte(small: Path, tmp_path: Path, options, monkeypatch):
     wanted = snapshot(quantized(small, tmp_path / "whole", options, ids=True))
-    for rows in (1, 4):
+    for rows in (1, 4):  # of 6
         got = quantized(small, tmp_path / f"by {rows}", options, "--batch-size", rows, ids=True)
         assert snapshot(got) == wanted
     spilled = quantized(small, tmp_path / "spilled", options, "--max-memory", "1KiB", ids=True)
@@ -172,11 +168,11 @@ def test_a_run_that_was_stopped_goes_on(small: Path, tmp_path: Path, options, me
 
 def test_from_ids_searches_meet_the_inputs_of_the_model(small: Path, tmp_path: Path):
     """Scales of channels follow the data: other ids give others."""
-    one = small_model.tensors(quantized(small, tmp_path / "one", ROWS["int8_sq"].options, ids=True))
+    one = read(quantized(small, tmp_path / "one", "int8_sq", ids=True))
     ids = np.load(small / "ids.npy")
     np.save(tmp_path / "ids.npy", ids[::-1] // 2)
     (tmp_path / "model").symlink_to(small / "model")
-    other = small_model.tensors(quantized(tmp_path, tmp_path / "other", ROWS["int8_sq"].options, ids=True))
+    other = read(quantized(tmp_path, tmp_path / "other", "int8_sq", ids=True))
     name = "model.layers.1.mlp.down_proj.pre_quant_scale"
     assert one[name].dtype == jnp.bfloat16
     assert (one[name] != other[name]).any()

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import exports
 import pytest
 from command import jqx
-from outputs import output_errors
-from safetensors.numpy import load_file
+from outputs import output_errors, read
 
 import jqx_interop as ji
 
@@ -97,8 +96,7 @@ def test_the_shared_exports(shared: Path, tmp_path: Path, name: str, row: Row):
     kinds = ({n: t[:2] for n, t in exports.read_tensors(d).items()} for d in (out, golden / name))
     assert next(kinds) == next(kinds)
     said = json.loads((golden / name / "golden.json").read_text())["output_error"]
-    base, acts = (load_file(golden / f) for f in ("base/model.safetensors", "acts.safetensors"))
-    for path, error in output_errors(base, load_file(mine), acts).items():
+    for path, error in output_errors(read(golden / "base"), read(out), read(golden)).items():
         if said[path] is not None:
             assert error <= row.factor * said[path], path
 
@@ -111,10 +109,6 @@ def test_errors_of_outputs_are_those_of_the_reference_tool(shared: Path, name: s
     """The measure itself."""
     golden = shared / "golden"
     said = json.loads((golden / name / "golden.json").read_text())["output_error"]
-    base, found, acts = (
-        load_file(golden / file)
-        for file in ("base/model.safetensors", f"{name}/model.safetensors", "acts.safetensors")
-    )
-    for path, error in output_errors(base, found, acts).items():
+    for path, error in output_errors(read(golden / "base"), read(golden / name), read(golden)).items():
         if said[path] is not None:
             assert error == pytest.approx(said[path], rel=1e-3), path

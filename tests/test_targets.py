@@ -254,6 +254,14 @@ def test_factors_are_described():
     assert FACTORS.items() <= config["config_groups"]["group_0"].items()
 
 
+def test_groups_of_mixed_formats():
+    """The block is repeated for inputs that have none, as the reference tool does for W4A8."""
+    choices = {"a": Choice(weight="int4_fp8", input="fp8"), "b": Choice(weight="fp8", input="fp8")}
+    first, second = TARGET.quantization_config(choices, [], None)["config_groups"].values()
+    assert first["input_activations"]["group_size"] == first["weights"]["group_size"] == 128
+    assert "group_size" not in second["input_activations"]
+
+
 def test_mixed_formats_are_described_as_the_reference_tool_does(shared: Path):
     rows = {
         "FP8": Choice(weight="fp8", input="fp8"),

@@ -4,9 +4,11 @@ shows.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
-from jqx.config import Keep
+from jqx.algorithms import ALGORITHMS
+from jqx.config import VARIANTS, Keep
 from jqx.formats import FORMATS, Format
 from jqx.recipes import RECIPES, Recipe, find_recipe
 
@@ -46,6 +48,19 @@ def recipe_rows() -> Rows:
             "also known as": ", ".join(row.aliases),
         }
         for row in RECIPES.values()
+    ]
+
+
+def algorithm_rows() -> Rows:
+    """One row an algorithm."""
+    return [
+        {
+            "algorithm": row.name,
+            "what": row.about,
+            "parameters": ", ".join(f"{f.name}={f.default}" for f in fields(row.params)),
+            "leaves beside codes": VARIANTS.get(row.variant or "", ""),
+        }
+        for row in ALGORITHMS.values()
     ]
 
 

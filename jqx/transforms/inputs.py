@@ -60,9 +60,8 @@ class Treatment:
 
     @property
     def elementwise(self) -> bool:
-        """Whether all that happens is that each number is quantized by itself."""
-        changed = self.pre_quant_scale is not None or self.low_rank is not None
-        if changed or self.input_format is None:
+        """Whether each number is quantized by itself."""
+        if self.pre_quant_scale is not None or self.input_format is None:
             return False
         return FORMATS[INPUT_FORMATS[self.input_format].format].block == (None, None)
 
