@@ -91,9 +91,9 @@ class QuantConfig:
 
 
 VARIANTS = {
-    "smooth": "inputs are multiplied by a pre_quant_scale",
-    "awq": "likewise, and it may be folded into the norm before",
-    "svd": "likewise, and a low-rank part is added",
+    "smooth": "a pre_quant_scale, which inputs are multiplied by",
+    "awq": "a pre_quant_scale, which may be folded into the norm before",
+    "svd": "a pre_quant_scale, and a low-rank part that is added",
 }
 """What an algorithm may leave beside codes and scales."""
 
