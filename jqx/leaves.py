@@ -225,7 +225,8 @@ def _encode(
     input_format: str | None,
 ) -> tuple[QTensor, Any]:
     """The stored form, and whether all numbers are finite."""
-    matrices, row = to_matrices(w, layout), find_format(fmt)
+    # XLA folds bits of a transposed constant wrongly
+    matrices, row = jax.lax.optimization_barrier(to_matrices(w, layout)), find_format(fmt)
     lead = matrices.shape[:-2]
     bound = None if input_format is None else INPUT_FORMATS[input_format].bound
 
@@ -236,14 +237,19 @@ def _encode(
             return q
         return q.replace(input_scale=_input_scale(done.input_amax, input_format or ""))
 
-    flat = matrices.reshape(-1, *matrices.shape[-2:])
-    # one after the other: what a search holds of a member is many times the member
-    q = one(flat[0], {k: v[0] for k, v in inputs.items()}) if not lead else _each(one, flat, inputs)
-    q = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), q) if lead else q
+    if not lead:
+        q = one(matrices, {k: v[0] for k, v in inputs.items()})
+    else:
+        flat = matrices.reshape(-1, *matrices.shape[-2:])
+        q = _each(one, flat, inputs)
+        q = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), q)
     return q.replace(layout=layout, dtype=w.dtype), jnp.isfinite(w).all()
 
 
 def _each(one: Callable[..., Any], flat: Any, inputs: dict[str, Any]) -> Any:
+    """`one` of every member; a search of one after the other: what it holds of a member is many
+    times the member.
+    """
     if inputs:
         return jax.lax.map(lambda member: one(*member), (flat, inputs))
     return jax.vmap(lambda m: one(m, {}))(flat)

@@ -16,6 +16,7 @@ from command import jqx as command
 from command import refused, snapshot
 from functions import MLP, K, N, X, draw, mlp
 from functions import refused as raises
+from outputs import read
 
 import jqx
 from jqx import QuantConfig, Rule
@@ -40,6 +41,7 @@ def place(model: Path, tmp_path: Path, monkeypatch) -> Path:
 
 
 INT4 = ("--qformat", "int4_awq", "--set", "block=32")
+LOCAL_HESSIAN = ("--qformat", "nvfp4_local_hessian")
 COMMANDS = {
     "unknown algorithm": ((*INT4, "--algorithm", "awq_lit"), ("'awq_lit'", "mean awq_lite")),
     "unknown key": ((*INT4, "--set", "alfa_step=1"), ("'alfa_step'", "did you mean alpha_step")),
@@ -134,9 +136,9 @@ def test_inputs_without_tokens(place: Path):
         refused("quantize", "model", "out", *words, *ACTS, saying=saying)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(
-    "words", [INT4, (*INT4, "--algorithm", "gptq"), ("--qformat", "nvfp4_local_hessian")]
+    ("words", "value"),
+    [(INT4, np.nan), ((*INT4, "--algorithm", "gptq"), np.inf), (LOCAL_HESSIAN, np.nan)],
 )
 def test_inputs_that_are_not_finite(place: Path, words: tuple, value: float):
     record(lambda key, x: np.full_like(x, value) if key.startswith(DOWN) else x)
@@ -161,15 +163,13 @@ def test_inputs_that_depend_on_each_other_entirely_are_damped(place: Path):
     assert done.code == 0, done.err
     rows = json.loads(Path("told/report.json").read_text())["linears"]
     assert len(rows) == 14
-    assert all(0.01 <= row["damping"] < 1 for row in rows)
+    assert all(0.0099 < row["damping"] < 1 for row in rows), rows[0]
 
 
-@pytest.mark.parametrize("words", [INT4, ("--qformat", "nvfp4_awq"), ("--qformat", "int8_sq")])
+@pytest.mark.parametrize("words", [INT4, ("--qformat", "int8_sq")])
 def test_inputs_of_zeros_leave_finite_numbers(place: Path, words: tuple):
     record(lambda key, x: 0 * x)
     assert command("quantize", "model", "out", *words, *ACTS).code == 0
-    from outputs import read
-
     for name, array in read(place / "out").items():
         assert np.isfinite(array.astype(np.float32)).all(), name
 
@@ -187,7 +187,10 @@ PARAMETERS = {
     "step": (searched("awq_lite", "nvfp4", alpha_step=0.0), r"alpha_step is 0.0; give a number in"),
     "ratio": (searched("awq_clip", "nvfp4", min_clip_ratio=2.0), r"min_clip_ratio is 2.0"),
     "key": (searched("awq_lite", "nvfp4", alpha=0.1), r"parameter of awq_lite 'alpha'.*alpha_step"),
-    "type": (searched("awq_lite", "nvfp4", alpha_step="low"), r"alpha_step is 'low'; give a number"),
+    "type": (
+        searched("awq_lite", "nvfp4", alpha_step="low"),
+        r"alpha_step is 'low'; give a number",
+    ),
     "method": (searched("awq"), r"unknown algorithm 'awq'; did you mean awq_"),
     "bits": (searched("awq_lite"), r"awq_lite is not for weights in int8"),
     "block": (searched("awq_lite", "int4_b48"), r"up.kernel .*int4_b48"),
@@ -212,7 +215,7 @@ NEEDED = {
 def test_statistics_that_are_missing(cfg, kind):
     plain = jqx.calibrate(mlp, MLP, [X], searched("max", cfg.rules[0].weight))
     for give in (lambda: jqx.quantize(MLP, cfg, plain), lambda: jqx.quantize(MLP, cfg, axes=0)):
-        raises(give, rf"up.kernel.*'{kind}'|'{kind}'.*up.kernel")
+        raises(give, rf"^up.kernel: .* needs the statistics .*{kind}.*jqx.calibrate")
 
 
 def test_a_configuration_that_leaves_everything_out():
@@ -223,13 +226,7 @@ def test_a_configuration_that_leaves_everything_out():
 
 def test_batches_without_tokens():
     cfg = searched("gptq")
-    stats = None
-    try:
-        stats = jqx.calibrate(mlp, MLP, [jnp.zeros((0, K))], cfg)
-    except jqx.InputError as error:
-        assert "up.kernel" in str(error)
-        return
-    raises(lambda: jqx.quantize(MLP, cfg, stats), r"up.kernel.*no token")
+    raises(lambda: jqx.calibrate(mlp, MLP, [jnp.zeros((0, K))], cfg), r"batch 0, \(\(0, 32\),\)")
 
 
 def test_batches_that_are_not_finite():
@@ -243,5 +240,5 @@ def test_tokens_that_depend_on_each_other_entirely_work():
     stored = jqx.quantize(MLP, cfg, jqx.calibrate(mlp, MLP, [x], cfg))
     q = stored["up"]["kernel"]
     off = np.asarray(x @ (jqx.dequantize(stored)["up"]["kernel"] - MLP["up"]["kernel"]))
-    assert q.shape == (N, K) or q.shape == (K, N)
+    assert q.shape in ((N, K), (K, N))
     assert np.abs(off).max() < 0.01 * np.abs(np.asarray(x @ MLP["up"]["kernel"])).max()

@@ -73,7 +73,12 @@ def test_the_plan_is_what_happens(root: Path, tmp_path: Path, plan, row: Export)
         assert linear.shape == exports.shapes(exports.MODELS[row.model])[linear.path + ".weight"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+def is_stored(recipe: str) -> bool:
+    """Whether the layout has a name for it, and the small model what it selects."""
+    return recipe not in ("mxfp6", "mxint8", "nvfp4_experts_only")
+
+
+@pytest.mark.parametrize("recipe", [*filter(is_stored, RECIPES)])
 def test_no_weight_is_read(root: Path, plan, monkeypatch, recipe: str):
     def read(*_: object) -> None:
         raise AssertionError("a weight is read")

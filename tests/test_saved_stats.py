@@ -13,6 +13,7 @@ import pytest
 import small_model
 from command import jqx, refused, snapshot
 from outputs import read
+from simulated import rounded
 
 from jqx_interop import calibrate, runner
 from jqx_interop.checkpoints import Workspace
@@ -22,7 +23,7 @@ IDS = ("--calib", "ids.npy")
 PERCENTILE = "extends: int8\nalgorithm: {method: percentile}\n"
 RECIPES = (
     ("nvfp4_awq",),
-    ("int4_awq", "--set", "block=32", "--algorithm", "awq_full"),
+    ("int4_awq", "--set", "block=32", "--algorithm", "awq_clip"),
     ("int4", "--set", "block=32", "--algorithm", "wmse"),
     ("nvfp4_local_hessian", "--kv-cache", "fp8"),
     ("int8_sq", "--set", "alpha=0.5"),
@@ -97,8 +98,8 @@ def test_statistics_of_one_recipe(place: Path, no_model):
     before = snapshot(place)
     words = ("quantize", "model", "new", "--stats", "some", "--qformat")
     path = "model.layers.0.self_attn.q_proj"
-    calibrates = "jqx calibrate model STATS --qformat nvfp4_awq_lite".split()
-    refused(*words, "nvfp4_awq", saying=("'channel_mean'", path, "awq_lite", " ".join(calibrates)))
+    calibrates = "jqx calibrate model STATS --qformat nvfp4_awq_lite"
+    refused(*words, "nvfp4_awq", saying=("'channel_mean'", path, "awq_lite", calibrates))
     other = ("--algorithm", "percentile")
     saying = ("'histogram'", path, "percentile", "--recipe FILE, which says algorithm: percentile")
     refused(*words, "int8", *other, saying=saying)
@@ -111,7 +112,7 @@ def test_histograms_are_collected_for_a_recipe_file(place: Path, no_model):
     (place / "clipped.yaml").write_text(PERCENTILE)
     collect("some", "--recipe", "clipped.yaml", "--qformat", "nvfp4_wmse", *IDS)
     kinds = {name.rpartition("|")[2] for name in exports.read_tensors(place / "some")}
-    assert {"histogram", "histogram_width", "block_gram", "amax"} <= kinds
+    assert kinds == {"histogram", "histogram_width", "square", "amax", "tokens"}
     words = (("int8", "--algorithm", "percentile"), ("int8", "--algorithm", "entropy"))
     words = (*words, ("nvfp4_wmse",))
     own = [made(w, f"own {i}", *IDS) for i, w in enumerate(words)]
@@ -132,11 +133,37 @@ def test_blocks_wider_than_what_is_kept_together(place: Path, no_model):
     assert made(words, "again", "--stats", "stats") == own
 
 
+def test_blocks_of_wide_inputs_are_kept_beside_all_moments(tmp_path: Path, monkeypatch, no_model):
+    """Where 128 channels are looked at together, and there are more."""
+    exports.write_base(tmp_path / "model", "llama")
+    (tmp_path / "model-ids.npy").rename(tmp_path / "ids.npy")
+    monkeypatch.chdir(tmp_path)
+    collect("stats", *IDS)
+    found = read(tmp_path / "stats")
+    assert found["model.layers.0.mlp.down_proj|block_gram"].shape == (2, 128, 128)
+    own = made(("nvfp4_local_hessian",), "own", *IDS)
+    no_model()
+    assert made(("nvfp4_local_hessian",), "again", "--stats", "stats") == own
+
+
+def test_means_are_those_of_batches(place: Path):
+    """Each rounded as the model does."""
+    collect("some", "--qformat", "nvfp4_awq", *("--activations", "acts.safetensors"))
+    acts, found = small_model.activations(), read(place / "some")
+    for leader, wide in (("self_attn.q_proj", 64), ("mlp.down_proj", 128)):
+        path = f"model.layers.1.{leader}"
+        batches = [acts[f"{path}|{i}"] for i in range(small_model.BATCHES[0])]
+        means = [np.abs(x.astype(np.float64)).reshape(-1, wide).mean(0) for x in batches]
+        wanted = np.sum([rounded(m, x.dtype) for m, x in zip(means, batches, strict=True)], axis=0)
+        np.testing.assert_array_equal(found[f"{path}|channel_mean"], wanted / np.float32(3))
+        assert found[f"{path}|tokens"] == np.prod(small_model.BATCHES)
+
+
 def test_recorded_inputs_are_collected_too(place: Path):
     recorded = ("--activations", "acts.safetensors", "--kv-cache", "fp8_affine")
     collect("some", *recorded)
-    for i, words in enumerate(RECIPES[:3]):
-        words = (*words, "--kv-cache", "fp8_affine")
+    for i, words in enumerate(RECIPES[2:4]):
+        words = (*words[:5], "--kv-cache", "fp8_affine")
         own = made(words, f"own {i}", *recorded[:2])
         assert any(name.endswith("k_bias") for name in exports.read_tensors(place / f"own {i}"))
         assert made(words, f"again {i}", "--stats", "some") == own
@@ -264,7 +291,7 @@ def test_an_unfinished_one_is_not_taken_for_another(place: Path, monkeypatch):
 
 
 def test_batches_change_only_the_last_bits_of_sums(place: Path):
-    """Magnitudes are rounded as the model does; a product of more rows is another one in float32."""
+    """Magnitudes are rounded as in the model; products of other sizes differ in float32."""
     wanted = read(place / "stats")
     for rows in (1, 4):
         collect(f"by {rows}", *IDS, "--batch-size", rows)

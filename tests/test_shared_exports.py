@@ -70,6 +70,7 @@ ROWS = {
 }
 """Folder -> how it is made."""
 
+
 def test_every_folder_has_a_row(shared: Path):
     folders = {path.parent.name for path in (shared / "golden").glob("*/golden.json")}
     assert set(ROWS) == {name for name in folders if not name.startswith("mixed_")}
@@ -109,6 +110,8 @@ def test_errors_of_outputs_are_those_of_the_reference_tool(shared: Path, name: s
     """The measure itself."""
     golden = shared / "golden"
     said = json.loads((golden / name / "golden.json").read_text())["output_error"]
-    for path, error in output_errors(read(golden / "base"), read(golden / name), read(golden)).items():
+    for path, error in output_errors(
+        read(golden / "base"), read(golden / name), read(golden)
+    ).items():
         if said[path] is not None:
             assert error == pytest.approx(said[path], rel=1e-3), path

@@ -45,12 +45,16 @@ def by_hand(w, x, alpha):
 
 
 def check(w, x, alpha):
-    got = RUN(Linear(jnp.asarray(w)), INT8, {"channel_amax": jnp.asarray(x)}, SmoothQuant(alpha=alpha))
+    got = RUN(
+        Linear(jnp.asarray(w)), INT8, {"channel_amax": jnp.asarray(x)}, SmoothQuant(alpha=alpha)
+    )
     assert got.weight.dtype == got.pre_quant_scale.dtype == w.dtype
     assert got.amax is got.tensor_amax is None
     assert got.facts["alpha"] == np.float32(alpha)
     step = float(jnp.finfo(w.dtype).eps)
-    for mine, wanted in zip((got.pre_quant_scale, got.weight, got.input_amax), by_hand(w, x, alpha), strict=True):
+    for mine, wanted in zip(
+        (got.pre_quant_scale, got.weight, got.input_amax), by_hand(w, x, alpha), strict=True
+    ):
         # the last bit of a power moves a few by one step
         np.testing.assert_allclose(f32(mine), wanted, rtol=max(step, 1e-6))
         if w.dtype != np.float32:
@@ -89,7 +93,9 @@ def test_channels_that_were_never_met_or_used(case, alpha):
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_what_a_linear_computes_stays(alpha):
     w, x = problem(dtype="float32")
-    got = RUN(Linear(jnp.asarray(w)), INT8, {"channel_amax": jnp.asarray(x)}, SmoothQuant(alpha=alpha))
+    got = RUN(
+        Linear(jnp.asarray(w)), INT8, {"channel_amax": jnp.asarray(x)}, SmoothQuant(alpha=alpha)
+    )
     np.testing.assert_allclose(f32(got.weight) * f32(got.pre_quant_scale), w, rtol=1e-6)
 
 

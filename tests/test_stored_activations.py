@@ -183,8 +183,10 @@ def test_any_float32(x, scale):
         for *_, s in reference.blocks(x.shape, 1, size if size > 1 else 0):
             step = np.float64(reference.step_of(x[s], element, size, np.float32(scale)))
             half = {"int8": 0.5 * step, "e2m1": 1.0 * step}.get(element)
-            half = np.maximum(np.abs(x[s]) / 16, step * 2.0**-10) if half is None else half
-            inside = np.abs(x[s]) <= step * {"int8": 127, "e2m1": 6, "e4m3": 448}[element]
+            if half is None:
+                share, least = {"e4m3": (1 / 16, 2.0**-10), "e3m2": (1 / 8, 2.0**-5)}[element]
+                half = np.maximum(np.abs(x[s]) * share, step * least)
+            inside = np.abs(x[s]) <= step * reference.BOUND[element]
             inside &= np.isfinite(y[s])  # the code above the largest float32 is infinity
             off = np.abs(np.float64(y[s]) - x[s])
             assert (off <= half * (1 + 1e-5) + LOST)[inside].all(), name

@@ -67,9 +67,7 @@ def calibrate(
     plan = plan_file(FILE, [t for _, tensors in entries.values() for t in tensors])
     with Workspace(out, job.checkpoint.path) as space:
         kept = {"stats": facts, "tensors": [tensor.name for tensor in plan.tensors]}
-        records = space.begin(
-            {**kept, **fingerprint(job, inputs)}, restart=settings.restart
-        )
+        records = space.begin({**kept, **fingerprint(job, inputs)}, restart=settings.restart)
         done = {record["unit"] for record in records if "unit" in record}
         finished = {t.name for unit, tensors in entries.values() if unit in done for t in tensors}
         with ShardWriter(space.files, (plan,), finished if done else None) as writer:
@@ -154,14 +152,10 @@ def _kv_tensors(job: Job, attention: Attention) -> Iterator[TensorOut]:
         yield TensorOut(f"{attention.path}.{letter}|amax", "F32", ())
         if job.kv_format.affine:
             shape = (1, attention.kv_heads, 1, attention.head_dim)
-            yield TensorOut(
-                f"{attention.path}.{letter}|affine_bias", dtype_name(job.dtype), shape
-            )
+            yield TensorOut(f"{attention.path}.{letter}|affine_bias", dtype_name(job.dtype), shape)
 
 
-def _arrays(
-    job: Job, unit: int, stats: BlockStats
-) -> Iterator[tuple[str, np.ndarray]]:
+def _arrays(job: Job, unit: int, stats: BlockStats) -> Iterator[tuple[str, np.ndarray]]:
     inside = set(job.inventory.units[unit])
     for path in job.choices:
         if path + ".weight" in inside and "amax" in job.wanted(path):

@@ -119,5 +119,3 @@ def _siblings_apart(choices: Mapping[str, Choice], inventory: Inventory) -> Iter
         if len(set(kinds_of.values())) > 1:
             found = "; ".join(f"{path} to {kind}" for path, kind in kinds_of.items())
             yield f"engines fuse linears that read one input, so give them one format: {found}"
-
-

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of inputs on disk, used for every recipe that they suffice for.
 
-    STATS/stats.safetensors    "<linear>|<kind>", one entry for all linears that read one input
-    STATS/stats.json           which linears read which input, and digests of model and data
+STATS/stats.safetensors    "<linear>|<kind>", one entry for all linears that read one input
+STATS/stats.json           which linears read which input, and digests of model and data
 """
 
 import json

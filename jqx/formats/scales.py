@@ -105,7 +105,8 @@ def _outer_scale(
     """The scale of a second stage, which the codes of the first do not depend on."""
     assert fmt.tensor_bound is not None
     whole = jnp.max(block_amax(w, fmt.block)) if tensor_amax is None else tensor_amax
-    return divide(_stand_in(whole, fmt.tensor_bound), fmt.tensor_bound)
+    scale = divide(_stand_in(whole, fmt.tensor_bound), fmt.tensor_bound)
+    return jnp.maximum(scale, jnp.float32(TINY))
 
 
 def _amax_dtype(fmt: Format, dtype: jnp.dtype) -> jnp.dtype:

@@ -131,12 +131,6 @@ def beside(x: Any, what: Any) -> Any:
     return _resharded(what, sharding.mesh, *sharding.spec[:1])
 
 
-def alike(x: Any, what: Any) -> Any:
-    """`what`, all its axes on a mesh with explicit axes as those of `x` are."""
-    sharding = jax.typeof(x).sharding
-    return _resharded(what, sharding.mesh, *sharding.spec)
-
-
 def explicit(x: Any) -> bool:
     """Whether `x` lies on a mesh with explicit axes."""
     return AxisType.Explicit in (jax.typeof(x).sharding.mesh.axis_types or ())

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from jqx.errors import InputError
 
-from .entries import alike, everywhere, explicit, vary, varying
+from .entries import everywhere, explicit, vary, varying
 from .inputs import Treatment, chosen, treated
 from .interpret import Met
 from .placing import back, by_member, pieces_of, seen
@@ -97,7 +97,7 @@ def _whole(treatment: Treatment, met: Met) -> Array:
     outer, inner = (everywhere(part).astype(jnp.float32) for part in treatment.low_rank)
     product = jnp.matmul(outer, inner, precision=lax.Precision.HIGHEST)
     sizes = tuple(treatment.shape[a] for a in treatment.columns)
-    return alike(met.w, _seen(treatment, met, met.view, product, sizes))
+    return _seen(treatment, met, met.view, product, sizes)
 
 
 def _seen(treatment: Treatment, met: Met, view: View, m: Array, sizes: tuple[int, ...]) -> Any:

@@ -64,7 +64,11 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: block=64, or a parameter of its algorithm."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change the recipe: block=64, or a parameter of its algorithm.",
+        ),
     ] = None,
     calib: Annotated[
         str | None,

@@ -7,10 +7,11 @@ from typing import Any
 
 from jqx.models import param_shapes
 from jqx_interop.stored import Source
+from jqx_interop.targets import INNER, OUTER
 
 from .metrics import COMPARED, Sums
 
-STORED = ("weight", "weight_scale", "weight_scale_2")
+STORED = ("weight", "weight_scale", "weight_scale_2", INNER, OUTER)
 """The leaves of a quantized linear that stand for its weights."""
 
 
