@@ -87,11 +87,18 @@ def fake_quantized(
     gradient is that of the identity (straight-through), and reaches weights, inputs and everything
     else.
 
-    Raises InputError as `quantize` does, and where a gradient is taken through a function with a
-    gradient of its own in which an input is quantized.
+    Raises InputError as `quantize` does; for an algorithm other than "max", whose scales would not
+    follow; and where a gradient is taken through a function with a gradient of its own in which an
+    input is quantized.
     """
     config = config_of(cfg)
     _check_stats(stats)
+    searched = [step.method for step in config.steps if step.method != "max"]
+    if searched:
+        raise InputError(
+            f"fake_quantized rounds with scales that follow the weights, and {', '.join(searched)} "
+            'chooses scales once: give a configuration with algorithm="max"'
+        )
 
     def run(params: Any, *args: Any) -> Any:
         told, arrays = record(f, params, args), named_arrays(params)

@@ -152,6 +152,12 @@ def test_what_is_missing_is_told():
         jqx.calibrate(f, params, [x], wrong)
 
 
+def test_scales_that_follow_the_weights_are_not_searched():
+    cfg = QuantConfig(rules=(Rule(path_glob="w", weight="int4_b16"),), algorithm="awq_lite")
+    with pytest.raises(InputError, match="awq_lite chooses scales once"):
+        jqx.fake_quantized(lambda p, x: x @ p["w"], cfg)
+
+
 def test_a_member_without_tokens_is_told():
     case = zoo_models.CASES["experts of sorted rows"]()
     cfg = config(case, "int4_b16", "awq_lite")
