@@ -3,8 +3,9 @@
 spoil.
 """
 
+import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import exports
@@ -22,6 +23,22 @@ settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("same")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+MAPPED = Path("/proc/self/maps")
+MOST_MAPPED = 30_000
+"""Mappings of memory; a process may have 65,530 by default, and dies where a compiled program needs
+one more.
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Forget compiled programs before there are too many for one process."""
+    yield
+    if MAPPED.exists() and MAPPED.read_bytes().count(b"\n") > MOST_MAPPED:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

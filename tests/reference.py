@@ -166,7 +166,7 @@ def quantize(w, name, amax=None):
     """
     element, rows, cols, kind, bound = ROWS[name]
     x = w.astype(np.float32)
-    tensor_scale = None if bound is None else tensor_scale_of(x, None, bound)
+    tensor_scale = None if bound is None else np.maximum(tensor_scale_of(x, None, bound), TINY)
     if kind == "e4m3":
         tensor_scale, scale, step = nvfp4_scales(x, amax, name)
     else:

@@ -35,8 +35,7 @@ def test_other_methods(copy, method: str | None, said: dict):
 UNKNOWN = {
     "NVFP5": ("unknown quant_algo 'NVFP5'", "did you mean", "NVFP4"),
     "MXINT8": ("unknown quant_algo 'MXINT8'", "MXFP8"),
-    "NVFP4_SVD": ("'NVFP4_SVD' is known but not read", "read are FP8"),
-    "W4A8_AWQ": ("'W4A8_AWQ' is known but not read",),
+    "FP8_PB_REAL": ("'FP8_PB_REAL' is known but not read", "read are FP8"),
 }
 
 
