@@ -43,7 +43,8 @@ NVFP4 = {
     "local_hessian": "local_hessian",
     "svdquant": "svdquant",
 }
-FORMATS = {"int4": ("int4", ALGORITHMS), "nvfp4": ("nvfp4", ALGORITHMS | NVFP4)}
+COMMON = {name: algorithm for name, algorithm in ALGORITHMS.items() if name != "mse"}
+FORMATS = {"int4": ("int4", ALGORITHMS), "nvfp4": ("nvfp4", COMMON | NVFP4)}
 JQX = Path(sys.executable).with_name("jqx")
 
 
@@ -91,7 +92,7 @@ def measured(a: argparse.Namespace, folder: Path, what: tuple[str, object]) -> d
     seconds = timed(
         ["quantize", a.model, out, "--recipe", recipe, "--stats", folder / "stats", *block]
     )
-    return {"seconds": round(seconds, 1), **evaluated(a, out)}
+    return {**evaluated(a, out), "seconds": round(seconds, 1)}
 
 
 def timed(words: list[object]) -> float:

@@ -48,12 +48,11 @@ def stored_leaf(
             "carry both: give it one, or use jqx.fake_quantized"
         )
     check_floats(path, w)
-    treatment = _treatment(path, choice, axes, stats, needed=True)
+    treatment = _treatment(path, choice, axes, stats if steps else None, needed=bool(steps))
     layout = layout_of(axes.shape, axes.contracted, axes.stack)
     known = inputs_of(path, choice, axes, steps, stats)
     encode = partial(
         _encode,
-        inputs=known,
         fmt=choice.weight,
         layout=layout,
         steps=steps,
@@ -63,8 +62,9 @@ def stored_leaf(
     w = jax.device_put(w)  # a tracer where something is traced
     try:
         if isinstance(w, Tracer):
-            return _with_inputs(encode(w)[0], choice, scale)
-        q, finite = _on_cpu(encode, w)
+            return _with_inputs(encode(w, inputs=known)[0], choice, scale)
+        # wherever they were collected, they are needed where the parameter is encoded
+        q, finite = _on_cpu(partial(encode, inputs=jax.device_get(known)), w)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if not finite:
@@ -225,7 +225,7 @@ def _encode(
     input_format: str | None,
 ) -> tuple[QTensor, Any]:
     """The stored form, and whether all numbers are finite."""
-    # XLA folds bits of a transposed constant wrongly
+    # a search of constants would divide by their reciprocals
     matrices, row = jax.lax.optimization_barrier(to_matrices(w, layout)), find_format(fmt)
     lead = matrices.shape[:-2]
     bound = None if input_format is None else INPUT_FORMATS[input_format].bound

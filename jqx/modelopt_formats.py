@@ -125,6 +125,9 @@ def read_attributes(data: Mapping[str, Any]) -> Attributes:
     said = {key: data[key] for key in PLAIN if data.get(key) is not None}
     said["rotate"] = False
     given = data.get("block_sizes") or {}
+    for key, value in (("block_sizes", given), ("bias", data.get("bias") or {})):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{key}: {value!r} is no mapping from axes to numbers, as {{-1: 16}}")
     sizes = {str(key): value for key, value in given.items()}
     axes = {int(key): sizes.pop(key) for key in list(sizes) if key.lstrip("-").isdecimal()}
     only(sizes, IN_BLOCKS, "key of block_sizes")

@@ -19,6 +19,7 @@ NEVER_QUANTIZED = (
     "*linear_attn.in_proj_b*",
     "*lm_head*",
     "*mixer.conv1d*",
+    "*mixer.gate.*",
     "*mlp.gate.*",
     "*mlp.shared_expert_gate.*",
     "*output_layer*",

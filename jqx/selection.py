@@ -76,7 +76,7 @@ MOMENTS = ("block_gram", "root")
 
 def wanted_kinds(choice: Choice, steps: tuple[Algorithm, ...]) -> tuple[str, ...]:
     """The kinds of statistics of its inputs that a parameter with this choice needs."""
-    found = dict.fromkeys(("amax",) if choice.static_input else ())
+    found = dict.fromkeys(("amax",) if choice.static_input and steps else ())
     if choice.weight is not None:
         asked = needed(steps, find_format(choice.weight))
         found |= dict.fromkeys("gram" if kind in MOMENTS else kind for kind in asked)

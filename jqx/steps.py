@@ -20,6 +20,12 @@ def check_steps(config: QuantConfig) -> QuantConfig:
     parameters they do not have or values of another type or out of range.
     """
     steps = tuple(_checked(step) for step in config.steps)
+    factored = [step.method for step in steps if ALGORITHMS[step.method].variant]
+    if "svdquant" in factored[:-1]:
+        raise InputError(
+            f"{factored[-1]} after svdquant would scale inputs again, and not the low-rank part: "
+            "leave one of them out"
+        )
     if not any(step.params for step in steps):
         return config
     several = isinstance(config.algorithm, tuple)

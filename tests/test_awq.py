@@ -267,3 +267,23 @@ def test_parameters_out_of_range_are_refused(kind, bad):
     (name, value), *_ = bad.items()
     with pytest.raises(InputError, match=rf"^{name} is {value}; give a number in \(0, 1\]$"):
         kind(**bad)
+
+
+def test_a_loss_that_overflows_is_not_chosen():
+    """Scaled up, a float16 weight is infinite for some alphas."""
+    r = np.random.RandomState(0)
+    w = r.standard_normal((16, 32)).astype(np.float16)
+    w[:, 1] *= 30
+    x = r.standard_normal((64, 32)).astype(np.float32)
+    x[:, 1] *= 2e3
+    x[:, 5] = 0
+    stats = {
+        "channel_mean": jnp.asarray(np.abs(x).mean(0)),
+        "channel_amax": jnp.asarray(np.abs(x).max(0)),
+        "gram": jnp.asarray(x.T @ x),
+    }
+    step = (Algorithm("awq_lite"),)
+    found = calibrated(Linear(jnp.asarray(w)), stats, fmt=find_format("int4_b16"), steps=step)
+    assert not np.isfinite(np.asarray(found.facts["losses"])).all()
+    assert np.isfinite(found.facts["loss"])
+    assert np.isfinite(np.asarray(found.weight)).all()

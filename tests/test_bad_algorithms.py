@@ -75,7 +75,22 @@ COMMANDS = {
         ("--qformat", "mxfp4", "--algorithm", "awq_lite"),
         (PATH, "no layout name for mxfp4", "awq factors"),
     ),
-    "inputs": (("--qformat", "fp8", "--algorithm", "entropy"), (PATH, "entropy", "percentile")),
+    "inputs": (
+        ("--qformat", "fp8", "--algorithm", "entropy"),
+        "entropy is not for weights in fp8",
+    ),
+    "no scale of inputs": (
+        ("--qformat", "int8_weight_only", "--algorithm", "percentile"),
+        "percentile chooses scales of inputs, and the configuration stores none",
+    ),
+    "nothing to search": (
+        ("--qformat", "nvfp4", "--algorithm", "mse"),
+        "mse is not for weights in nvfp4",
+    ),
+    "nothing to clip": (
+        ("--qformat", "mxfp4", "--algorithm", "awq_clip"),
+        "awq_clip is not for weights in mxfp4",
+    ),
 }
 
 
@@ -105,6 +120,10 @@ RECIPES = {
     "no method": (
         "extends: int4_awq\nalgorithm: {alpha_step: 0.1}\n",
         ("mine.yaml", "algorithm", "{method: NAME}"),
+    ),
+    "after the low-rank part": (
+        "extends: nvfp4\nalgorithm: [svdquant, awq_lite]\n",
+        ("mine.yaml", "awq_lite after svdquant would scale inputs again"),
     ),
     "second step": (
         "extends: int4_awq\nalgorithm: [awq_lite, awq_clp]\n",

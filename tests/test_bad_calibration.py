@@ -97,3 +97,13 @@ TOKENIZER = json.dumps(
         "model": {"type": "WordLevel", "vocab": {"words": 0, "?": 1}, "unk_token": "?"},
     }
 )
+
+
+def test_statistics_that_are_not_there_or_not_alone(here: Path):
+    words = ("quantize", MODEL, "out", "--qformat", "int8_weight_only")
+    untouched(here, *words, "--stats", "nowhere", saying=("nowhere", "holds no statistics"))
+    Path("stats").mkdir()
+    both = ("--stats", "stats", "--activations", "acts.safetensors")
+    untouched(here, *words, *both, saying="take one of them")
+    saying = "name those that it is for (--qformat, --recipe)"
+    untouched(here, "calibrate", MODEL, "new", "--set", "block=32", saying=saying)

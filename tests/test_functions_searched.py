@@ -158,9 +158,13 @@ def test_scales_that_follow_the_weights_are_not_searched():
         jqx.fake_quantized(lambda p, x: x @ p["w"], cfg)
 
 
-def test_a_member_without_tokens_is_told():
+@pytest.mark.parametrize(
+    ("algorithm", "fmt"),
+    [("awq_lite", "int4_b16"), ("gptq", "int4_b16"), ("smoothquant", "int8"), ("wmse", "nvfp4")],
+)
+def test_a_member_without_tokens_is_told(algorithm, fmt):
     case = zoo_models.CASES["experts of sorted rows"]()
-    cfg = config(case, "int4_b16", "awq_lite")
+    cfg = config(case, fmt, algorithm)
     stats = jqx.calibrate(case.f, case.params, [case.args], cfg)
     assert any(not np.all(kinds["tokens"]) for kinds in stats.entries.values())
     with pytest.raises(InputError, match="some member met no tokens while calibrating"):
@@ -173,3 +177,21 @@ def test_a_product_over_a_part_of_the_channels_has_no_moments():
     cfg = QuantConfig(rules=(Rule(path_glob="w", weight="int4_b16"),), algorithm="gptq")
     with pytest.raises(InputError, match="w is used in a product over a part of its channels"):
         jqx.calibrate(f, params, [x], cfg)
+
+
+@pytest.mark.parametrize("algorithm", ["percentile", "entropy", "histogram_mse"])
+def test_histograms_are_collected_of_checkpoints_alone(algorithm):
+    params, x = {"w": jnp.ones((16, 4))}, jnp.ones((3, 16))
+    rule = Rule(path_glob="w", weight="int8", input="int8")
+    cfg = QuantConfig(rules=(rule,), algorithm=algorithm)
+    with pytest.raises(InputError, match=f"w: {algorithm} needs the histogram of its inputs, whic"):
+        jqx.calibrate(lambda p, x: x @ p["w"], params, [x], cfg)
+
+
+def test_engines_that_scale_inputs_need_no_statistics():
+    w = jnp.asarray(np.random.RandomState(0).standard_normal((32, 8)), jnp.float32)
+    q = jqx.quantize({"w": w}, "w4a8_mxfp4_fp8", axes=0)["w"]
+    assert (q.input_format, q.input_scale) == ("fp8", None)
+    x = jnp.asarray(np.random.RandomState(1).standard_normal((3, 32)), jnp.float32)
+    out = jax.jit(jqx.quantized(lambda p, x: x @ p["w"]))({"w": q}, x)
+    np.testing.assert_allclose(out, x @ q.decode(), rtol=0.1, atol=0.5)

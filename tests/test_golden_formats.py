@@ -47,6 +47,7 @@ def check(stored, exported, what):
 NOT_HERE = {
     "int8_tensor": "is for inputs",
     "nf4": "is not exported",
+    "nf4_double": "is not exported",
     "mxfp6": "is not exported",
     "mxint8": "is not exported",
     "int4_fp8": "int4 with a tensor scale more",

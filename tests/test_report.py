@@ -1,17 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a run: its figures are those of the written checkpoint, it changes no byte of it,
-survives kills, and opens without a network.
+"""The report of a run: its figures are those of the written checkpoint, and it changes no byte of
+it.
 """
 
-import base64
-import hashlib
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 from command import jqx, refused, snapshot
+from reports import AWQ, FILES, Page, told
 from safetensors.numpy import load_file, save_file
 from source import MODEL, edit
 
@@ -27,12 +20,9 @@ from jqx_interop import ptq, searched
 from jqx_interop.checkpoints import DTYPES, Workspace
 from jqx_interop.job import prepare
 from jqx_interop.recipe_files import read_recipe
-from jqx_interop.report_page import page
-from jqx_interop.report_plot import lines, plain, plot_errors
 from jqx_interop.report_rows import places_of, totals
 from jqx_interop.settings import Settings
 
-AWQ = "extends: int4\nalgorithm: awq_lite\nrules:\n  - {path_glob: '*_proj*', weight: int4_b32}\n"
 READERS = {
     "q": "input",
     "k": "input",
@@ -40,11 +30,6 @@ READERS = {
     "gate": "post_attention",
     "up": "post_attention",
 }
-FILES = {"report.json", "errors.png", "report.html"}
-
-
-def told(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "report.json").read_text())
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -261,262 +246,3 @@ def test_figures_that_are_no_numbers_are_left_out(here: Path, monkeypatch):
     assert all(row["saturated"] == 0.5 for row in rows)
     assert not any({"output_error", "weight_error"} & set(row) for row in rows)
     assert "The worst 10" in text
-
-
-# --- folders in the way
-
-
-@pytest.mark.parametrize(
-    ("folder", "saying"),
-    {
-        "full": "full exists",
-        "ids.npy": "ids.npy exists",
-        "dangling": "dangling exists",
-        "ids.npy/report": "ids.npy/report",
-        ".": ". exists",
-        "out": "neither in the other",
-        "out/report": "neither in the other",
-        "out.jqx-partial/report": "neither in the other",
-        f"{MODEL}/report": "inside the model directory",
-    }.items(),
-    ids=lambda value: value if "/" not in value else None,
-)
-def test_a_folder_that_cannot_be_is_refused_before_anything(here: Path, folder: str, saying: str):
-    (here / "full").mkdir()
-    (here / "full" / "file").write_text("")
-    (here / "dangling").symlink_to("nowhere")
-    before = snapshot(here)
-    words = ("--qformat", "mxfp8", "--calib", "ids.npy", "--report", folder)
-    refused("quantize", MODEL, "out", *words, saying=saying)
-    assert snapshot(here) == before
-
-
-def test_out_inside_the_report_is_refused(here: Path):
-    words = ("--qformat", "mxfp8", "--calib", "ids.npy", "--report", "all")
-    refused("quantize", MODEL, "all/out", *words, saying="neither in the other")
-    assert not (here / "all").exists()
-
-
-def test_an_empty_folder_is_taken(here: Path):
-    (here / "report").mkdir()
-    words = ("--qformat", "mxfp8", "--calib", "ids.npy", "--report", "report")
-    assert jqx("quantize", MODEL, "out", *words).code == 0
-    assert set(snapshot(here / "report")) == FILES
-
-
-def test_a_folder_filled_meanwhile_loses_nothing(here: Path, monkeypatch):
-    publish = Workspace.publish
-
-    def fills(self: Workspace) -> Path:
-        (here / "report").mkdir()
-        (here / "report" / "file").write_text("")
-        return publish(self)
-
-    monkeypatch.setattr(Workspace, "publish", fills)
-    words = ("--qformat", "mxfp8", "--calib", "ids.npy", "--report", "report")
-    line = refused("quantize", MODEL, "out", *words, saying=("report.jqx-report-partial",))
-    assert "The checkpoint is complete" in line
-    assert set(snapshot(here / "report.jqx-report-partial")) == FILES
-    assert (here / "out" / "config.json").exists()
-
-
-# --- runs that were killed
-
-KILLED = """
-import os, signal, sys
-import jqx_interop.pipeline as pipeline
-from jqx_interop.checkpoints import Workspace
-owner = {"record": Workspace, "publish": Workspace, "stage_report": pipeline}[sys.argv[1]]
-work, left = getattr(owner, sys.argv[1]), int(sys.argv[2])
-def killed(*args):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return work(*args)
-setattr(owner, sys.argv[1], killed)
-sys.argv = ["jqx", *sys.argv[3:]]
-from jqx_interop.cli import main
-main()
-"""
-RUNS = {
-    "calibrated": ("--recipe", "awq.yaml", "--calib", "ids.npy"),
-    "recorded": ("--qformat", "nvfp4", "--activations", "acts.safetensors"),
-}
-
-
-def same(one: Path, other: Path) -> bool:
-    """Whether two reports say the same, but for times and the names of what was written."""
-    rows = [told(folder) for folder in (one, other)]
-    for row in rows:
-        assert row["seconds"] > 0
-        row |= {"seconds": 0, "out": "", "report": ""}
-    pictures = [(folder / "errors.png").read_bytes() for folder in (one, other)]
-    return rows[0] == rows[1] and pictures[0] == pictures[1]
-
-
-@pytest.mark.parametrize(
-    ("step", "count", "run"),
-    [("record", 2, "calibrated"), ("publish", 0, "calibrated"), ("stage_report", 0, "recorded")],
-)
-def test_a_killed_run_goes_on_to_the_same_report(here: Path, step: str, count: int, run: str):
-    (here / "awq.yaml").write_text(AWQ)
-    words = (*RUNS[run], "--report")
-    command = [sys.executable, "-c", KILLED, step, str(count), "quantize", MODEL, "out", *words]
-    done = subprocess.run([*command, "report"], env=os.environ, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (here / "out").exists()
-    assert not (here / "report").exists()
-    lines = (here / "out.jqx-partial" / "journal.jsonl").read_text().splitlines()
-    units = [json.loads(line)["record"] for line in lines][1:]
-    assert len(units) >= 2
-    assert any(unit["facts"] for unit in units)
-    assert jqx("quantize", MODEL, "out", *words, "report").code == 0
-    assert jqx("quantize", MODEL, "whole", *words, "of-whole").code == 0
-    assert snapshot(here / "out") == snapshot(here / "whole")
-    assert same(here / "report", here / "of-whole")
-    assert not list(here.glob("*-partial"))
-
-
-def test_a_run_without_a_report_does_not_go_on_with_one(here: Path):
-    words = ("quantize", MODEL, "out", "--qformat", "fp8", "--calib", "ids.npy")
-    command = [sys.executable, "-c", KILLED, "record", "2", *words]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
-    refused(*words, "--report", "report", saying=("report was False, now True", "--restart"))
-    assert jqx(*words, "--report", "report", "--restart").code == 0
-    assert len(told(here / "report")["linears"]) == 14
-
-
-# --- the page and the picture
-
-
-class Page(HTMLParser):
-    """The tags of a page with their attributes, and the text inside tags by name."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.inside: dict[str, list[str]] = {}
-        self._open = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.inside.setdefault(tag, []).append("")
-        self._open = tag
-
-    def handle_data(self, data: str) -> None:
-        if self._open:
-            self.inside[self._open][-1] += data
-
-    def handle_endtag(self, tag: str) -> None:
-        self._open = ""
-
-
-HOSTILE = "</script><script>alert(1)</script>\"' onload=x {{ 7 * 7 }} $x^$"
-
-
-def fake(path: str = "a", **more: Any) -> dict[str, Any]:
-    """The content of a report of one linear."""
-    row = {"path": path, "kind": path, "layer": None, "shape": [4, 8], "weight": "int4"}
-    rows = [row | {"input": None, "bits": 4.0, "output_error": 0.1, **more}]
-    names = ("model", "out", "recipe", "kv_cache", "target", "device")
-    numbers = {"source_bytes": 10, "output_bytes": 5, "bits": 4.5, "seconds": 1.0}
-    reach = {"parameters": 9, "quantized": 8, "linears": 1, "left": [path], "formats": {}}
-    return {
-        **dict.fromkeys(names, path),
-        **numbers,
-        "coverage": {**reach, "share": 0.8},
-        "errors_of": "outputs",
-        "algorithm": [{"method": path, "x": path}],
-        "calibration": {"data": path},
-        "versions": {path: path},
-        "recipe_rules": {"name": path},
-        "totals": totals(rows),
-        "kinds": {path: totals(rows)},
-        "linears": rows,
-    }
-
-
-def test_what_comes_from_a_checkpoint_cannot_run():
-    text = page(fake(HOSTILE, **{HOSTILE: 1.0}), b"png")
-    found = Page(text)
-    (script,) = found.inside["script"]
-    assert "alert" not in script
-    assert not any("onload" in attrs or "on" in attrs for _, attrs in found.tags)
-    assert "<script>alert" not in text
-    assert HOSTILE in found.inside["td"]  # as text
-    assert any(attrs.get("data-key") == HOSTILE for _, attrs in found.tags)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    (policy,) = [a["content"] for _, a in found.tags if "http-equiv" in a]
-    assert policy is not None
-    assert "default-src 'none'" in policy
-    assert f"script-src 'sha256-{digest}'" in policy
-
-
-def test_a_hostile_path_of_a_checkpoint(here: Path):
-    path = "layers.0.<script>alert(1)</script>$"
-    weights = {f"{path}.weight": np.ones((8, 32), np.float32)}
-    save_file(weights, here / MODEL / "model.safetensors", {"format": "pt"})
-    edit(here / MODEL, model_type="unheard")
-    words = ("quantize", MODEL, "out", "--qformat", "mxfp8", "--report", "report")
-    assert jqx(*words).code == 0
-    assert [row["path"] for row in told(here / "report")["linears"]] == [path]
-    found = Page((here / "report" / "report.html").read_text())
-    assert path in found.inside["td"]
-    assert len(found.inside["script"]) == 1
-
-
-def test_the_page_needs_nothing_else(here: Path):
-    words = ("--qformat", "nvfp4", "--calib", "ids.npy", "--report", "report")
-    assert jqx("quantize", MODEL, "out", *words).code == 0
-    text, content = (here / "report" / "report.html").read_text(), told(here / "report")
-    found = Page(text)
-    sources = [a[key] or "" for _, a in found.tags for key in ("src", "href", "data") if key in a]
-    picture = base64.b64encode((here / "report" / "errors.png").read_bytes()).decode()
-    assert sources == [f"data:image/png;base64,{picture}"]
-    assert not re.search(r"@import|url\(|https?:", text)
-    assert {tag for tag, _ in found.tags}.isdisjoint({"link", "iframe", "object", "base"})
-    cells = [a["data-key"] for tag, a in found.tags if tag == "td" and "data-key" in a]
-    errors = sorted((row["output_error"] for row in content["linears"]), reverse=True)
-    shown = [float(key) for key in cells if key and key in {repr(e) for e in errors}]
-    assert shown[:10] == errors[:10]  # the ten worst
-    assert sorted(shown[10:], reverse=True) == errors  # all of them
-    mean = content["totals"]["output_error"]["mean"]
-    assert f"{mean:.3g}" in found.inside["b"]
-
-
-def test_the_picture(tmp_path: Path):
-    rows = [
-        {"path": f"{k}{n}", "kind": f"_{k}$x^$\u4e2d", "layer": n, "output_error": 10.0 ** -(n + 1)}
-        for k in map(str, range(30))
-        for n in range(3)
-    ]
-    rows.append({"path": "head", "kind": "head", "layer": None, "output_error": 0.5})
-    plot_errors(rows, "$a^$ \u4e2d", tmp_path / "errors.png")
-    head = (tmp_path / "errors.png").read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (int.from_bytes(head[16:20]), int.from_bytes(head[20:24])) == (1350, 720)
-    assert plain("\u4e2d$") == "\\u4e2d$"
-
-
-@pytest.mark.parametrize("errors", [[], [0.0], [0.0, 0.25]], ids=str)
-def test_a_picture_of_no_errors(tmp_path: Path, errors: list[float]):
-    rows = [
-        {"path": f"a.{i}.b", "kind": "b", "layer": i, "weight_error": e}
-        for i, e in enumerate(errors)
-    ]
-    plot_errors(rows, "none", tmp_path / "errors.png")
-    assert (tmp_path / "errors.png").stat().st_size > 1000
-
-
-def test_points_of_the_picture():
-    rows = [
-        {"kind": "up", "layer": 1, "output_error": 0.25},
-        {"kind": "up", "layer": 1, "output_error": 0.75},
-        {"kind": "up", "layer": 0, "output_error": 0.125},
-        {"kind": "up", "layer": 2},
-        {"kind": "down", "layer": 0, "output_error": 0.0},
-        {"kind": "head", "layer": None, "output_error": 1.0},
-    ]
-    assert lines(rows, "output_error") == {"up": [(0, 0.125), (1, 0.5)], "head": [(None, 1.0)]}

@@ -10,15 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jqx.algorithms.rotate import (
-    KINDS,
-    Role,
-    hadamard,
-    rotate_in,
-    rotate_out,
-    rotate_params,
-    rotation,
-)
+from jqx.algorithms.hadamard import hadamard, rotation
+from jqx.algorithms.rotate import KINDS, Role, rotate_in, rotate_out, rotate_params
 from jqx.errors import InputError
 
 WIDTH, HEADS, SIZE, HIDDEN, VOCAB = 24, 4, 8, 40, 50  # one head of keys and values for two

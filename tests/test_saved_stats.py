@@ -127,7 +127,7 @@ def test_histograms_are_collected_for_a_recipe_file(place: Path, no_model):
 
 def test_blocks_wider_than_what_is_kept_together(place: Path, no_model):
     """Their moments are among those of all channels."""
-    words = ("int8", "--algorithm", "local_hessian")
+    words = ("int8", "--algorithm", "local_hessian", "--set", "fp8_scale_sweep=false")
     own = made(words, "own", *IDS)
     no_model()
     assert made(words, "again", "--stats", "stats") == own

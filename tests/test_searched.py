@@ -16,6 +16,8 @@ from outputs import decoded, output_errors, read
 import jqx_interop as ji
 from jqx_interop import pipeline
 from jqx_interop.checkpoints import Workspace
+from jqx_interop.job import prepare
+from jqx_interop.settings import Settings
 
 INT4, NVFP4 = "int4 --set block=32", "nvfp4"
 
@@ -176,3 +178,40 @@ def test_from_ids_searches_meet_the_inputs_of_the_model(small: Path, tmp_path: P
     name = "model.layers.1.mlp.down_proj.pre_quant_scale"
     assert one[name].dtype == jnp.bfloat16
     assert (one[name] != other[name]).any()
+
+
+@pytest.mark.parametrize("steps", ["gptq", "[awq_lite, awq_clip]", "[svdquant, awq_clip]"])
+def test_linears_that_engines_fuse_have_one_tensor_scale(small: Path, tmp_path: Path, steps: str):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"extends: nvfp4\nalgorithm: {steps}\n")
+    data = ("--activations", small / "acts.safetensors")
+    done = jqx("quantize", small / "model", tmp_path / "out", "--recipe", recipe, *data)
+    assert done.code == 0, done.err
+    found, count = read(tmp_path / "out"), 0
+    for names in (("self_attn.q", "self_attn.k", "self_attn.v"), ("mlp.gate", "mlp.up")):
+        for layer in range(2):
+            scales = {
+                found[f"model.layers.{layer}.{name}_proj.weight_scale_2"].tobytes()
+                for name in names
+            }
+            count += len(scales)
+    assert count == 4
+
+
+def test_gptq_rounds_below_the_scale_that_is_stored(small: Path, tmp_path: Path):
+    """Linears that share a tensor scale round below it from the start."""
+    out = quantized(small, tmp_path / "out", "nvfp4_gptq")
+    base, acts = read(small / "model"), small_model.activations()
+    plain = output_errors(base, read(small / "nvfp4"), acts)
+    errors = output_errors(base, read(out), acts)
+    gains = {path: errors[path] / plain[path] for path in plain}
+    shared = [g for path, g in gains.items() if not path.endswith(("o_proj", "down_proj"))]
+    assert max(shared) < 0.9, gains
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4_svdquant", "nvfp4_awq_full", "fp8"])
+def test_every_output_belongs_to_one_unit(small: Path, recipe: str):
+    """Or a killed run would not know what it has finished."""
+    job = prepare(small / "model", recipe, Settings(kv_cache="fp8_affine"))
+    units = [pipeline._names_in(job, {unit}) for unit in range(len(job.inventory.units))]
+    assert sorted(name for unit in units for name in unit) == sorted(t.name for t in job.outputs)

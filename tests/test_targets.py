@@ -94,7 +94,13 @@ def test_every_format_of_a_weight_has_a_layout():
     described = {*STORED_AS, *(weight for weight, _ in ALGOS)}
     assert described <= set(FORMATS)
     assert set(STORED_AS.values()) < {weight for weight, _ in ALGOS}
-    alone = {"int8_tensor", "mxfp6", "mxint8", "nf4"}  # of inputs, or for arithmetic alone
+    alone = {
+        "int8_tensor",
+        "mxfp6",
+        "mxint8",
+        "nf4",
+        "nf4_double",
+    }  # of inputs, or for arithmetic alone
     assert set(FORMATS) - described == alone
     assert {name for _, name in ALGOS} <= {None, *INPUT_FORMATS}
     assert {v for *_, v in VARIANT_ALGOS} < set(VARIANTS)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .model import load as load
     from .pipeline import ptq as ptq
     from .report import Report as Report
+    from .rotating import rotate as rotate
     from .saving import save as save
     from .settings import Settings as Settings
 
@@ -36,6 +37,7 @@ _HOMES = {
     "load": "model",
     "ptq": "pipeline",
     "Report": "report",
+    "rotate": "rotating",
     "Sampling": "generation",
     "save": "saving",
     "Settings": "settings",

@@ -32,6 +32,8 @@ def job_for(model: str | Path, recipes: Iterable[str | Recipe], settings: Settin
     nothing.
     """
     jobs = [prepare(model, recipe, settings) for recipe in recipes]
+    if not jobs and settings.options:
+        raise InputError("--set changes recipes: name those that it is for (--qformat, --recipe)")
     if not jobs:
         base = prepare(model, "int8", settings)
         return replace(base, asked=dict.fromkeys(base.choices, EVERYTHING))

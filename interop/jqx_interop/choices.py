@@ -74,7 +74,8 @@ def choices_for(
         for path, choice in resolved.items()
         if choice.weight is not None
     }
-    check_applicable(config.steps, (choice.weight or "" for choice in choices.values()))
+    kept = any(input_bound(config, choice) is not None for choice in choices.values())
+    check_applicable(config.steps, (c.weight or "" for c in choices.values()), kept)
     problems = [
         f"{module.path}: {problem}"
         for module in inventory.modules

@@ -21,7 +21,7 @@ from .checkpoints import Checkpoint
 FLOATS = frozenset({"BF16", "F16", "F32"})
 EMBEDDINGS = re.compile(
     r"(^|\.)(embed_tokens\w*|wte|wpe|word_embeddings?|tok_embeddings|embed_in|embed_positions"
-    r"|position_embeddings|token_type_embeddings|shared|embed)$"
+    r"|position_embeddings|token_type_embeddings|relative_attention_bias|embeddings|shared|embed)$"
 )
 # Embeddings that transformers 5.14 builds from a class of its own: ModelOpt gives those no
 # quantizer, so it never lists them among the modules it left alone.
@@ -32,7 +32,9 @@ SCALED_EMBEDDINGS = frozenset(
 OWN_POSITIONS = re.compile(r"(^|\.)embed_positions$")
 HEADS = ("lm_head.", "embed_out.", "output.", "transformer.output_layer.")
 SIBLINGS = (
-    re.compile(r"(?P<parent>.*\.)?(q_proj|k_proj|v_proj)"),
+    # queries of attention to another sequence read something else
+    re.compile(r"(?P<parent>(?!.*(cross|encoder)_?attn).*\.)?(q_proj|k_proj|v_proj)"),
+    re.compile(r"(?P<parent>.*(cross|encoder)_?attn.*\.)(k_proj|v_proj)"),
     re.compile(r"(?P<parent>.*\.)?(gate_proj|up_proj)"),
     re.compile(r"(?P<parent>.*\.)?(w1|w3)"),
 )

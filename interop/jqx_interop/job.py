@@ -38,6 +38,9 @@ from .inventory import FLOATS, Inventory, Module, same_tensor, take_inventory
 from .settings import Settings
 from .targets import TARGETS, companions, find_algo, input_factor, low_rank_factors
 
+KEPT = "e_score_correction_bias"
+"""The ending of tensors that keep their dtype."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
@@ -127,6 +130,14 @@ class Job:
         algo = find_algo(self.choices[path])
         return algo is not None and algo.unified
 
+    def cast(self, name: str) -> bool:
+        """Whether a tensor becomes one in the dtype of the model; integers do not, nor what decides
+        between experts, which transformers keeps in float32.
+        """
+        if name.endswith(KEPT):
+            return False
+        return self.checkpoint.tensors[name].dtype in FLOATS
+
     @property
     def needs_kv(self) -> bool:
         """Whether the scales of keys and values must be found."""
@@ -172,7 +183,7 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
     if settings.target not in TARGETS:
         raise nearest(settings.target, TARGETS, "target")
     refuse_unheard(row.name, row.config)
-    kv = find_kv(settings.kv_cache) or row.kv_cache
+    kv = row.kv_cache if settings.kv_cache is None else find_kv(settings.kv_cache)
     config = with_kv(apply_options(row.config, settings), kv)
     data_free = not calibrated(config) and (kv is None or KV_FORMATS[kv].cast)
     recorded = settings.activations is not None or settings.stats is not None
@@ -286,7 +297,7 @@ def _outputs(job: Job) -> Iterable[TensorOut]:
             yield job.linear_outputs(path)[0]
         else:
             info = job.checkpoint.tensors[name]
-            dtype = dtype_name(job.dtype) if info.dtype in FLOATS else info.dtype
+            dtype = dtype_name(job.dtype) if job.cast(name) else info.dtype
             yield TensorOut(name, dtype, tuple(info.shape))
         yield from after.get(name, ())
 

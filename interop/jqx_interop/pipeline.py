@@ -24,6 +24,7 @@ import numpy as np
 from jqx.config import to_json
 from jqx.errors import InputError
 from jqx.recipes import Recipe
+from jqx.tensors.paths import owner_of
 
 from .chain import rows_per_call
 from .checkpoints import ShardWriter, Workspace, digest, parse_size, plan_shards, small_files
@@ -91,9 +92,14 @@ def load_inputs(job: Job) -> Inputs:
     Raises InputError for data that cannot be used, and for a file that is not there even if nothing
     needs it.
     """
-    for given in (job.settings.calib, job.settings.activations):
-        if given is not None and not Path(given).exists():
-            raise InputError(f"{given}: no such file; give calibration data that is on this disk")
+    given = job.settings
+    for path in (given.calib, given.activations):
+        if path is not None and not Path(path).exists():
+            raise InputError(f"{path}: no such file; give calibration data that is on this disk")
+    if given.stats is not None and not Path(given.stats).is_dir():
+        raise InputError(f"{given.stats} holds no statistics: jqx calibrate writes them")
+    if given.stats is not None and given.activations is not None:
+        raise InputError("statistics and activations are both given: take one of them")
     if not (job.needs_inputs or job.needs_kv):
         return Inputs()
     if job.settings.stats is not None:
@@ -183,8 +189,13 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
 def _names_in(job: Job, units: set[int]) -> set[str]:
     """The output tensors that belong to finished units."""
     sources = {name for unit in units for name in job.inventory.units[unit]}
-    paths = {name.rpartition(".")[0] for name in sources}
-    return {t.name for t in job.outputs if t.name in sources or t.name.rpartition(".")[0] in paths}
+    paths = {name.rpartition(".")[0] for name in job.inventory.tensors}
+    mine = {name.rpartition(".")[0] for name in sources}
+    return {
+        tensor.name
+        for tensor in job.outputs
+        if tensor.name in sources or owner_of(tensor.name, paths) in mine
+    }
 
 
 def _work(

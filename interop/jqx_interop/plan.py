@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jqx.algorithms.table import ALGORITHMS, applicable
 from jqx.formats import find_format
 from jqx.models import ModelSpec
+from jqx.tensors.paths import owner_of
 
 from .chain import ROWS_PER_CALL
 from .checkpoints import parse_size, plan_shards
@@ -31,6 +33,9 @@ from .weights import CHUNK, encode_weight
 PROCESS = 110 << 20  # bytes of a process that has loaded JAX
 COMPILER = 130 << 20  # bytes that compiling the program of a block takes
 STARTUP = 3.0  # seconds to load JAX and compile
+SEARCH_COMPILER = 150 << 20  # bytes that compiling searches takes more
+SEARCHED_COPIES = 8  # of the largest weight, in float32
+SEARCH_STARTUP = 6.0  # seconds to compile searches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +81,7 @@ def make_plan(job: Job, tokens: int = 0, out: Path | None = None) -> Plan:
     shards = plan_shards(job.outputs, job.settings.max_shard_size)
     sizes: dict[str, int] = {}
     for tensor in job.outputs:
-        path = tensor.name.rpartition(".")[0]
+        path = owner_of(tensor.name, job.choices) or ""
         sizes[path] = sizes.get(path, 0) + tensor.nbytes
     memory, spilled = _memory(job, tokens)
     modules = job.modules
@@ -125,7 +130,25 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
     )
     rows = max(ROWS_PER_CALL, job.settings.calib_seq * max(job.settings.batch_size, 1))
     calls = callers() * min(tokens, rows) * widths * 4
-    return PROCESS + COMPILER + block + hidden - spilled + calls + encoding, 2 * spilled
+    memory = PROCESS + COMPILER + block + hidden - spilled + calls + encoding
+    return memory + _searching(job, largest), 2 * spilled
+
+
+def _searching(job: Job, largest: int) -> int:
+    """What second moments of a block take, those of the block before beside them, and a search in
+    the largest weight.
+    """
+    met: set[tuple[str, int]] = set()  # linears of one width in a module mostly read one input
+    for path in job.choices:
+        if "gram" in job.wanted(path):
+            met.add((path.rpartition(".")[0], job.modules[path].shape[1]))
+    moments: dict[str, int] = {}
+    for module, width in met:
+        block = module.rpartition(".")[0]
+        moments[block] = moments.get(block, 0) + 4 * width * width
+    if not moments:
+        return 0
+    return SEARCH_COMPILER + 3 * max(moments.values()) + SEARCHED_COPIES * 4 * largest
 
 
 def block_parameters(spec: ModelSpec) -> int:
@@ -155,7 +178,19 @@ def _seconds(job: Job, tokens: int) -> float:
         row = job.spec.blocks[0].attention
         scores = 2 * tokens * job.settings.calib_seq * row.heads * row.head_dim
         seconds += blocks * (2 * block_parameters(job.spec) * tokens + 4 * scores) / rate
+    if work := _search_operations(job):
+        seconds += SEARCH_STARTUP + work / product_rate()
     return seconds
+
+
+def _search_operations(job: Job) -> float:
+    """Those of products with second moments: to collect them is a part of running the model."""
+    found = 0.0
+    for path, choice in job.choices.items():
+        n, k = job.modules[path].shape
+        for step in applicable(job.config.steps, find_format(choice.weight or "")):
+            found += 2.0 * n * k * k * ALGORITHMS[step.method].products
+    return found
 
 
 def product_rate() -> float:

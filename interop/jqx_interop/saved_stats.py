@@ -5,6 +5,7 @@ STATS/stats.safetensors    "<linear>|<kind>", one entry for all linears that rea
 STATS/stats.json           which linears read which input, and digests of model and data
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jqx.recipes import RECIPES, find_kv
 from .checkpoints import digest
 from .checkpoints.layout import read_header
 from .checkpoints.mapped import MappedTensors
+from .choices import wanted_kinds
 from .collecting import kinds_of
 from .job import Job
 from .runner import BlockStats
@@ -51,19 +53,19 @@ class SavedStats:
 
     @property
     def digest(self) -> str:
-        """What identifies the data they came from."""
-        return json.dumps({k: self.facts.get(k) for k in ("calibration", "activations", "tokens")})
+        """What identifies them: all that is said of them, and the size of the file."""
+        told = json.dumps([self.facts, (self.path / FILE).stat().st_size], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def _check(self) -> None:
         job = self._job
         for path in job.choices:
             for kind in kinds_of(job, path):
                 if self._name(path, kind) is None:
-                    methods = ", ".join(step.method for step in job.config.steps)
                     raise InputError(
-                        f"{self.path} has no {kind!r} of the inputs of {path}, which {methods} "
-                        f"with {job.choices[path].weight} needs; collect it: jqx calibrate "
-                        f"{job.checkpoint.path} STATS {self._recipe()}"
+                        f"{self.path} has no {kind!r} of the inputs of {path}, which "
+                        f"{self._needs(path, kind)}; collect it: jqx calibrate "
+                        f"{job.checkpoint.path} STATS{self._recipe(path, kind)}"
                     )
         kept = self.facts.get("kv")
         if job.needs_kv and (kept is None or _affine(kept) != job.kv_format.affine):
@@ -72,12 +74,26 @@ class SavedStats:
                 f"them: jqx calibrate {job.checkpoint.path} STATS --kv-cache {job.kv}"
             )
 
-    def _recipe(self) -> str:
-        """How `jqx calibrate` is told what the job needs."""
-        name, other = self._job.recipe.name, self._job.settings.algorithm
+    def _needs(self, path: str, kind: str) -> str:
+        """What it is that needs one kind."""
+        job = self._job
+        if kind not in wanted_kinds(job.config, job.choices[path]):
+            return "the errors of outputs in a report need"
+        methods = ", ".join(step.method for step in job.config.steps)
+        return f"{methods} with {job.choices[path].weight} needs"
+
+    def _recipe(self, path: str, kind: str) -> str:
+        """How `jqx calibrate` is told what the job needs; it collects all where it is told
+        nothing.
+        """
+        job = self._job
+        name, other = job.recipe.name, job.settings.algorithm
+        if kind not in wanted_kinds(job.config, job.choices[path]):
+            return ""
+        changed = "".join(f" --set {key}={value}" for key, value in job.settings.options)
         if name in RECIPES and other is None:
-            return f"--qformat {name}"
-        return "--recipe FILE" + (f", which says algorithm: {other}" if other else "")
+            return f" --qformat {name}{changed}"
+        return " --recipe FILE" + (f", which says algorithm: {other}" if other else "")
 
     def _name(self, path: str, kind: str) -> str | None:
         """The tensor with a statistic: that of the linear, or of the one that stands for its

@@ -8,12 +8,11 @@ that `ptq` gives them.
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from jqx.errors import InputError, nearest
+from jqx.errors import nearest
 from jqx.models import ModelSpec, param_shapes
 from jqx.tensors import QTensor
 
@@ -23,10 +22,10 @@ from .checkpoints import (
     TensorOut,
     Workspace,
     dtype_name,
-    one_line,
     open_checkpoint,
     plan_shards,
     small_files,
+    told,
 )
 from .describe import describe
 from .inventory import SCALED_EMBEDDINGS
@@ -54,7 +53,7 @@ def save(
     content = content_of(model.spec, model.params)
     plans = plan_shards(_outputs(model.spec, content, target), max_shard_size)
     small = small_files(open_checkpoint(model.path)) if model.path is not None else ()
-    with Workspace(out, model.path) as space, _told(space.directory):
+    with Workspace(out, model.path) as space, told(space.directory):
         space.begin({"save": [plan.file for plan in plans]})
         _write_tensors(space.files, content, plans, target)
         for file in small:
@@ -116,13 +115,3 @@ def _unquantized(model: Model, content: Content) -> list[str]:
     if model.config.get("model_type") not in SCALED_EMBEDDINGS:
         modules.append(names.embed)
     return [*modules, names.head] if model.spec.tied else modules
-
-
-@contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Turn what the system refuses into an InputError that names a place."""
-    try:
-        yield
-    except OSError as error:
-        what = f"{error.filename or folder}: {error.strerror or error}. Nothing was written."
-        raise InputError(one_line(what)) from error

@@ -135,6 +135,12 @@ class Search:
             linear = linear._replace(pre_quant_scale=factor)
             found = calibrated(linear, inputs, fmt=fmt, steps=self._steps[1])
             self._linears[path] = found._replace(pre_quant_scale=kept)
+        for path in group:
+            reach = [self._linears[p].tensor_amax for p in self._alike(group, path)]
+            known = [amax for amax in reach if amax is not None]
+            if self._format(path).tensor_bound is not None and len(known) == len(reach):
+                most = jnp.max(jnp.stack(known))  # the same again for the next of them
+                self._linears[path] = self._linears[path]._replace(tensor_amax=most)
 
     def _alike(self, group: tuple[str, ...], path: str) -> list[str]:
         """The members of a group that share scales with `path`, and it."""

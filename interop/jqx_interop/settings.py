@@ -18,6 +18,7 @@ LEAST = {"calib_size": 1, "calib_seq": 1, "batch_size": 0}
 class Settings:
     """Choices of one run. Sizes are bytes or text such as "4GiB" or "10GB".
 
+    `kv_cache`: the format of keys and values, "none" to leave them (None: what the recipe says);
     `calib`: calibration data (None: the bundled text); `activations`: a file of recorded inputs of
     linears, used instead of running the model; `stats`: a directory of statistics that were
     collected before (`jqx calibrate`), likewise; `calib_size` sequences of `calib_seq` tokens, or
@@ -28,7 +29,7 @@ class Settings:
     of every linear. The errors of outputs are measured then, which needs calibration data.
     """
 
-    kv_cache: str = "none"
+    kv_cache: str | None = None
     calib: str | Path | None = None
     activations: str | Path | None = None
     stats: str | Path | None = None

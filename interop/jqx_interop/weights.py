@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jqx.algorithms import InputStats, Linear, stored
@@ -28,10 +27,9 @@ CHUNK = 1 << 21
 
 
 def read_tensor(job: Job, name: str) -> np.ndarray:
-    """The tensor `name` in the model's dtype if it is floating-point, as stored otherwise."""
+    """The tensor `name` in the dtype that it is written in."""
     array = job.checkpoint.read(name)
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    return array.astype(job.dtype) if floating and array.dtype != job.dtype else array
+    return array.astype(job.dtype) if job.cast(name) and array.dtype != job.dtype else array
 
 
 def checked_amax(array: np.ndarray, name: str) -> np.float32:

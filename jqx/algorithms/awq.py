@@ -24,7 +24,7 @@ from jqx_kernels.bits import divide, round_to
 
 from .linear import InputStats, Linear, known, smoothed
 from .power import power
-from .quadratic import block_gram, gram, output_error, scaled
+from .quadratic import block_gram, gram, least, output_error, scaled
 from .simulate import simulate
 
 TINY = jnp.finfo(jnp.float32).tiny
@@ -118,7 +118,7 @@ def awq_lite(linear: Linear, fmt: Format, stats: InputStats, params: AwqLite) ->
         return output_error(_error(linear.weight, scales_at(x, w, alpha), fmt), stats, "awq_lite")
 
     losses = lax.map(loss, alphas)
-    best = jnp.argmin(losses)
+    best = least(losses)
     p = divide(jnp.ones_like(x), scales_at(x, w, alphas[best]))
     done = smoothed(linear, p, stats["channel_amax"])
     return done.told(alpha=alphas[best], loss=losses[best], losses=losses)
@@ -189,11 +189,11 @@ def _each_alone(
     """
 
     def step(best: tuple[Array, Array], ratio: Array) -> tuple[tuple[Array, Array], None]:
-        least, chosen = best
+        lowest, chosen = best
         d = error(jnp.full_like(amax, ratio)).reshape(*amax.shape, -1)
         loss = jnp.sum(_within(d, near) * d, axis=-1)
-        better = loss < least
-        return (jnp.where(better, loss, least), jnp.where(better, ratio, chosen)), None
+        better = loss < lowest
+        return (jnp.where(better, loss, lowest), jnp.where(better, ratio, chosen)), None
 
     start = (jnp.full(amax.shape, jnp.inf, jnp.float32), jnp.ones(amax.shape, jnp.float32))
     return lax.scan(step, start, ratios)[0][1]
@@ -222,7 +222,7 @@ def _refined(
         others = others - jnp.matmul(mine, near[j], precision=HIGHEST)
         candidates = lax.dynamic_index_in_dim(every, j, axis=2, keepdims=False)  # [r, n, b]
         loss = own[:, :, j] + 2 * jnp.sum(candidates * others[None], axis=-1)
-        best = jnp.argmin(loss, axis=0)
+        best = least(loss)
         new = jnp.take_along_axis(candidates, best[None, :, None], axis=0)[0]
         return d.at[:, j].set(new), picked.at[:, j].set(ratios[best])
 
@@ -299,5 +299,5 @@ def _clip_tensor(
         error = simulate(w, fmt, _clipped(whole, ratio, w)) - w
         return output_error(error.astype(jnp.float32), stats, "awq_clip")
 
-    ratio = ratios[jnp.argmin(jax.lax.map(loss, ratios))]
+    ratio = ratios[least(jax.lax.map(loss, ratios))]
     return linear._replace(tensor_amax=_clipped(whole, ratio, w)).told(ratio=ratio)

@@ -80,13 +80,19 @@ def mse(linear: Linear, fmt: Format, stats: InputStats, params: Mse) -> Linear:
 def searched(linear: Linear, fmt: Format, params: Mse, loss: Loss) -> Linear:
     """`mse` with another loss."""
     linear = linear._replace(amax=None)
-    if fmt.scale == E4M3 and (params.fp8_scale_sweep or fmt.tensor_bound == FOUR_OVER_SIX):
+    if not searches(fmt, params):
+        return linear
+    if fmt.scale == E4M3:
         linear = with_tensor_amax(linear)
-        search = _swept if params.fp8_scale_sweep else _multiplied
-        return search(linear, fmt, params, loss)
-    if fmt.scale == FLOAT32 and fmt.tensor_bound is None and not params.fp8_scale_sweep:
-        return _multiplied(linear, fmt, params, loss)
-    return linear
+    search = _swept if params.fp8_scale_sweep else _multiplied
+    return search(linear, fmt, params, loss)
+
+
+def searches(fmt: Format, params: Mse) -> bool:
+    """Whether there is anything to search in this format with these parameters."""
+    if fmt.scale == E4M3:
+        return params.fp8_scale_sweep or fmt.tensor_bound == FOUR_OVER_SIX
+    return fmt.scale == FLOAT32 and fmt.tensor_bound is None and not params.fp8_scale_sweep
 
 
 def squared_error(fmt: Format) -> Loss:

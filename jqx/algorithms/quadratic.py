@@ -8,7 +8,7 @@ So a candidate costs one product with G, however many tokens there were.
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from jqx.errors import InputError
 
@@ -119,3 +119,8 @@ def _missing(stats: InputStats, algorithm: str) -> InputError:
         f"{algorithm} needs second moments of the inputs ('gram'), and the statistics are: {have}. "
         f"Calibrate for {algorithm}"
     )
+
+
+def least(losses: Float[Array, "c ..."]) -> Int[Array, "..."]:
+    """The first candidate of the smallest loss; one that is NaN or overflows is not taken."""
+    return jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf), axis=0)

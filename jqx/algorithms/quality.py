@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What became of one linear: the error of its outputs, of its weight, and its codes."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from jqx.formats.elements import FLOAT32
 from jqx.tensors import QTensor
 from jqx_kernels.bits import divide
 
@@ -48,9 +51,7 @@ def _share(part: Float32[Array, ""], whole: Float32[Array, ""]) -> Float32[Array
 
 def _saturated(q: QTensor) -> Float32[Array, ""]:
     """The share of codes whose magnitude is the largest that is meant to be used, or above."""
-    ones = q.replace(
-        scale=jnp.ones_like(q.scale) if q.scale.dtype != jnp.uint8 else jnp.full_like(q.scale, 127),
-        tensor_scale=None if q.tensor_scale is None else jnp.ones_like(q.tensor_scale),
-    )
+    plain = replace(q.format, scale=FLOAT32, tensor_bound=None)
+    ones = q.replace(scale=jnp.ones(q.scale.shape), tensor_scale=None, format=plain)
     codes = jnp.abs(ones.decode(jnp.float32))
     return jnp.mean((codes >= q.format.element.max).astype(jnp.float32))

@@ -10,20 +10,18 @@ it. R is a Hadamard matrix with random signs. Nothing is left to do while the mo
 """
 
 from collections.abc import Callable, Mapping
-from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from jqx.errors import InputError, nearest
 
+from .hadamard import rotation
 from .quadratic import HIGHEST
 
 Leaves = Mapping[str, Array]
-_Turn = Callable[[Array, Array, Array], Array]
+_Turn = Callable[[Array, Any, Any], Array]
 
 
 class Role(NamedTuple):
@@ -57,23 +55,6 @@ def rotate_out(w: Float[Array, "*lead n k"], r: Float32[Array, "d d"]) -> Float[
     return turned.reshape(w.shape).astype(w.dtype)
 
 
-def hadamard(n: int) -> Float32[Array, "n n"]:
-    """An orthogonal matrix of numbers of one magnitude, for n = 2^m times 1, 12, 20, 28 or 36; for
-    another n one such matrix of the largest power of two in it, along the diagonal.
-    """
-    base = next((b for b in _BASES if n % b == 0 and _is_power(n // b)), 0)
-    size = n if base else n & -n
-    doubled = [np.array([[1, 1], [1, -1]])] * int(np.log2(size // (base or 1)))
-    block = reduce(np.kron, doubled, _BASES[base or 1]()) / np.sqrt(size)
-    return jnp.asarray(np.kron(np.eye(n // size), block), jnp.float32)
-
-
-def rotation(n: int, seed: int) -> Float32[Array, "n n"]:
-    """`hadamard(n)` with the signs of its rows drawn at random."""
-    signs = jax.random.rademacher(jax.random.key(seed), (n, 1), jnp.float32)
-    return hadamard(n) * signs
-
-
 def rotate_params(
     leaves: Leaves, roles: Mapping[str, Role], seed: int, plus_one: bool = False
 ) -> dict[str, Array]:
@@ -86,15 +67,41 @@ def rotate_params(
     Raises InputError for a role of an unknown kind or array, for arrays that do not agree on the
     width of the stream, and for a gain that no array reads.
     """
-    _check(leaves, roles)
-    folded = {name: _folded(leaves, name, roles, plus_one) for name in leaves}
-    if not any(_KINDS[role.kind].stream is not None for role in roles.values()):
-        return folded
-    r1 = rotation(_width(leaves, roles), seed)
+    width = stream_width({name: leaf.shape for name, leaf in leaves.items()}, roles)
+    sizes = {role.head_dim for role in roles.values() if role.head_dim}
+    turns = {size: rotation(size, seed + 1) for size in sizes}
+    stream = rotation(width, seed) if width is not None else None
+    rotated = dict(leaves)
     for name, role in roles.items():
-        r2 = rotation(role.head_dim, seed + 1) if role.head_dim else r1
-        folded[name] = _KINDS[role.kind].turn(folded[name], r1, r2)
-    return folded
+        gain = None if role.norm is None else effective_gain(leaves[role.norm], plus_one)
+        rotated[name] = rotate_leaf(
+            leaves[name], role.kind, gain, (stream, turns.get(role.head_dim))
+        )
+        if role.kind == "norm" and plus_one:
+            rotated[name] = jnp.zeros_like(leaves[name])
+    return rotated
+
+
+def effective_gain(gain: Float[Array, "d"], plus_one: bool) -> Float32[Array, "d"]:
+    """What a norm multiplies by. `plus_one`: by its gain + 1."""
+    return gain.astype(jnp.float32) + jnp.float32(plus_one)
+
+
+def rotate_leaf(
+    w: Float[Array, "..."],
+    kind: str,
+    gain: Float32[Array, "d"] | None,
+    turns: tuple[Float32[Array, "d d"] | None, Float32[Array, "h h"] | None],
+) -> Float[Array, "..."]:
+    """One array of a kind, with the `gain` before it taken in; `turns`: the rotations of the stream
+    and of the values of heads, those that the kind needs. A gain becomes ones.
+
+    Computed in float32 and rounded once to the dtype of `w`.
+    """
+    wide = w.astype(jnp.float32)
+    if gain is not None:
+        wide = wide * jnp.expand_dims(gain, range(w.ndim - 1))
+    return _KINDS[kind].turn(wide, *turns).astype(w.dtype)
 
 
 class _Kind(NamedTuple):
@@ -111,7 +118,7 @@ _KINDS = {
     "values": _Kind(-1, True, lambda w, r1, r2: rotate_out(rotate_in(w, r1), r2)),
     "values_bias": _Kind(None, True, lambda w, r1, r2: rotate_in(w, r2)),
     "writes_values": _Kind(-2, True, lambda w, r1, r2: rotate_in(rotate_out(w, r1), r2)),
-    "norm": _Kind(None, False, lambda w, r1, r2: w),
+    "norm": _Kind(None, False, lambda w, r1, r2: jnp.ones_like(w)),
 }
 
 KINDS = tuple(_KINDS)
@@ -121,13 +128,37 @@ stream, and the gain of a norm.
 """
 
 
-def _check(leaves: Leaves, roles: Mapping[str, Role]) -> None:
+def axes_of(kind: str) -> tuple[int | None, bool]:
+    """The axis of a kind that is the residual stream, if any, and whether another one, or the only
+    one, is the values of heads.
+    """
+    return _KINDS[kind].stream, _KINDS[kind].heads
+
+
+def stream_width(shapes: Mapping[str, tuple[int, ...]], roles: Mapping[str, Role]) -> int | None:
+    """Channels of the residual stream; None where no array has to do with it.
+
+    Raises InputError for roles that cannot be those of arrays of these `shapes`.
+    """
+    _check(shapes, roles)
+    axes = {name: _KINDS[role.kind].stream for name, role in roles.items()}
+    widths = {name: shapes[name][axis] for name, axis in axes.items() if axis is not None}
+    first = next(iter(widths), None)
+    for name, width in widths.items():
+        if first is not None and width != widths[first]:
+            raise InputError(
+                f"The stream has {widths[first]} channels in {first}, {width} in {name}"
+            )
+    return None if first is None else widths[first]
+
+
+def _check(known: Mapping[str, object], roles: Mapping[str, Role]) -> None:
     for name, role in roles.items():
         if role.kind not in _KINDS:
             raise nearest(role.kind, KINDS, "kind of role")
         for wanted in (name, role.norm):
-            if wanted is not None and wanted not in leaves:
-                raise nearest(wanted, leaves, "array")
+            if wanted is not None and wanted not in known:
+                raise nearest(wanted, known, "array")
         if role.norm is not None and (role.norm not in roles or roles[role.norm].kind != "norm"):
             raise InputError(f"{name} reads what {role.norm} scales, which has not the role norm")
         if _KINDS[role.kind].heads and role.head_dim < 1:
@@ -141,74 +172,9 @@ def _check(leaves: Leaves, roles: Mapping[str, Role]) -> None:
             )
 
 
-def _width(leaves: Leaves, roles: Mapping[str, Role]) -> int:
-    """Channels of the residual stream."""
-    axes = {name: _KINDS[role.kind].stream for name, role in roles.items()}
-    widths = {name: leaves[name].shape[axis] for name, axis in axes.items() if axis is not None}
-    first, *_ = widths
-    for name, width in widths.items():
-        if width != widths[first]:
-            raise InputError(
-                f"The stream has {widths[first]} channels in {first}, {width} in {name}"
-            )
-    return widths[first]
-
-
-def _folded(leaves: Leaves, name: str, roles: Mapping[str, Role], plus_one: bool) -> Array:
-    """An array with the gain before it taken in; of a gain what is left."""
-    w, role = leaves[name], roles.get(name)
-    if role is None:
-        return w
-    if role.kind == "norm":
-        return jnp.zeros_like(w) if plus_one else jnp.ones_like(w)
-    if role.norm is None:
-        return w
-    gain = leaves[role.norm].astype(jnp.float32) + jnp.float32(plus_one)
-    return (w.astype(jnp.float32) * jnp.expand_dims(gain, range(w.ndim - 1))).astype(w.dtype)
-
-
 def _parts(w: Array, d: int, axis: int) -> Float32[Array, "..."]:
     """`w` with an axis in parts of `d`."""
     if w.shape[axis] % d:
         raise InputError(f"a rotation of {d} channels does not fit {w.shape[axis]} of {w.shape}")
     shape = (*w.shape[:axis], w.shape[axis] // d, d, *w.shape[axis + 1 :])
     return w.astype(jnp.float32).reshape(shape)
-
-
-def _is_power(n: int) -> bool:
-    return n & (n - 1) == 0
-
-
-def _residues(q: int) -> np.ndarray:
-    """1 where i - j is a square modulo the prime `q`, -1 where it is none, 0 on the diagonal."""
-    squares = {i * i % q for i in range(1, q)}
-    kinds = np.array([0] + [1 if i in squares else -1 for i in range(1, q)])
-    at = np.arange(q)
-    return kinds[(at[:, None] - at[None, :]) % q]
-
-
-def _bordered(q: int, corner: int) -> np.ndarray:
-    """The residues with a row of ones before them, and a column of `corner`."""
-    top = np.concatenate([[0], np.ones(q, int)])[None]
-    rest = np.concatenate([np.full((q, 1), corner), _residues(q)], axis=1)
-    return np.concatenate([top, rest])
-
-
-def _paley_one(q: int) -> np.ndarray:
-    """Of order q + 1, for a prime that is 3 modulo 4 (Paley 1933)."""
-    return np.eye(q + 1) + _bordered(q, -1)
-
-
-def _paley_two(q: int) -> np.ndarray:
-    """Of order 2 (q + 1), for a prime that is 1 modulo 4."""
-    off, on = np.array([[1, 1], [1, -1]]), np.array([[1, -1], [-1, -1]])
-    return np.kron(_bordered(q, 1), off) + np.kron(np.eye(q + 1), on)
-
-
-_BASES: dict[int, Callable[[], np.ndarray]] = {
-    1: lambda: np.ones((1, 1)),
-    12: lambda: _paley_one(11),
-    20: lambda: _paley_one(19),
-    28: lambda: _paley_two(13),
-    36: lambda: _paley_two(17),
-}

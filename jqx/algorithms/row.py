@@ -19,10 +19,11 @@ class AlgorithmRow:
     `params`: a frozen dataclass of its parameters, with their defaults; making one raises
     InputError for values out of range. `run`: a pure function under jit, with format and parameters
     static. `needs`: the kinds of statistics of inputs it cannot do without, of linears in this
-    format. `applies`: whether it does anything for weights in this format. `bounded`: whether it
-    searches scales of blocks below a tensor scale that linears with one input share from the start.
-    `variant`: the row of VARIANTS for what it leaves beside codes and scales. `about`: one line for
-    people.
+    format. `applies`: whether it does anything for weights in this format. `of_inputs`: whether
+    what it chooses is the scale of inputs that is stored. `bounded`: whether it searches scales of
+    blocks below a tensor scale that linears with one input share from the start.
+    `variant`: the row of VARIANTS for what it leaves beside codes and scales. `products`: about as
+    many products of the weight with all second moments is its work. `about`: one line for people.
     """
 
     name: str
@@ -30,6 +31,8 @@ class AlgorithmRow:
     params: type
     about: str
     needs: Callable[[Format, Any], tuple[str, ...]] = lambda fmt, params: ()
-    applies: Callable[[Format], bool] = lambda fmt: True
+    applies: Callable[[Format, Any], bool] = lambda fmt, params: True
+    of_inputs: bool = False
     bounded: bool = False
     variant: str | None = None
+    products: int = 0

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jqx.formats import Format, weight_amax
+from jqx.formats import Format, block_amax, weight_amax
 from jqx_kernels.bits import divide, round_to
 
 from .linear import Linear
@@ -33,7 +33,7 @@ def unified(members: Sequence[Linear], *, fmt: Format) -> list[Linear]:
     """
     out = list(members)
     if all(m.pre_quant_scale is not None for m in out):
-        out = _one_factor(out)
+        out = _one_factor(out, fmt)
     if all(m.input_amax is not None for m in out):
         most = jnp.max(jnp.stack([m.input_amax for m in out if m.input_amax is not None]))
         out = [m._replace(input_amax=most) for m in out]
@@ -43,17 +43,17 @@ def unified(members: Sequence[Linear], *, fmt: Format) -> list[Linear]:
     return out
 
 
-def _one_factor(members: list[Linear]) -> list[Linear]:
+def _one_factor(members: list[Linear], fmt: Format) -> list[Linear]:
     scales = [m.pre_quant_scale for m in members if m.pre_quant_scale is not None]
     dtype = members[0].weight.dtype
     stacked = jnp.stack([p.astype(jnp.float32) for p in scales])
     p = round_to(divide(jnp.sum(stacked, axis=0), float(len(scales))), dtype)
     if all(m.low_rank is not None for m in members):
         return _one_low_rank(members, stacked, p)
-    return [_moved(m, old, p) for m, old in zip(members, stacked, strict=True)]
+    return [_moved(m, fmt, old, p) for m, old in zip(members, stacked, strict=True)]
 
 
-def _moved(linear: Linear, old: Float[Array, "k"], new: Float[Array, "k"]) -> Linear:
+def _moved(linear: Linear, fmt: Format, old: Float[Array, "k"], new: Float[Array, "k"]) -> Linear:
     """`linear` with the factor `new` for its inputs in place of `old`."""
     dtype = linear.weight.dtype
     weight = divide(linear.weight.astype(jnp.float32) * old[None, :], new[None, :]).astype(dtype)
@@ -61,19 +61,10 @@ def _moved(linear: Linear, old: Float[Array, "k"], new: Float[Array, "k"]) -> Li
     kept = {"weight": jnp.where(same, linear.weight, weight)}
     for field in ("amax", "tensor_amax"):  # chosen for the weight before
         if (value := getattr(linear, field)) is not None:
-            kept[field] = _unless(same, value, weight, field == "tensor_amax")
+            block = (None, None) if field == "tensor_amax" or not value.shape else fmt.block
+            largest = block_amax(weight, block).reshape(value.shape)
+            kept[field] = jnp.where(same, value, largest)
     return linear._replace(pre_quant_scale=new.astype(dtype), **kept)
-
-
-def _unless(same: Array, value: Array, weight: Array, whole: bool) -> Array:
-    """`value` if nothing changed, else what the largest magnitudes are now."""
-    if whole or not value.shape:
-        return jnp.where(same, value, weight_amax(weight))
-    rows, columns = weight.shape[0] // value.shape[0], weight.shape[1] // value.shape[1]
-    blocks = jnp.abs(weight.astype(jnp.float32)).reshape(
-        value.shape[0], rows, value.shape[1], columns
-    )
-    return jnp.where(same, value, jnp.max(blocks, axis=(1, 3)))
 
 
 def _one_low_rank(

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jqx.config import Algorithm
 from jqx.errors import InputError, nearest
-from jqx.formats import Format, find_format
+from jqx.formats import Format, find_format, with_float_scales
+from jqx.formats.elements import E4M3, FLOAT32
 
 from .awq import (
     AwqClip,
@@ -24,6 +25,7 @@ from .awq import (
 from .gptq import Gptq, gptq
 from .headroom import Headroom, headroom, headroom_needs
 from .histogram import (
+    INPUTS,
     FromBin,
     Percentile,
     entropy,
@@ -34,7 +36,7 @@ from .histogram import (
 from .linear import InputStats, Linear
 from .local_hessian import LocalHessian, local_hessian, local_hessian_needs
 from .max import Max, max_calibrate
-from .mse import Mse, mse
+from .mse import Mse, mse, searches
 from .quadratic import scaled
 from .row import AlgorithmRow
 from .smoothquant import SmoothQuant, smoothquant, smoothquant_needs
@@ -42,12 +44,17 @@ from .svdquant import SvdQuant, svdquant, svdquant_needs
 from .weighted import Weighted, weighted, weighted_needs
 
 
-def four_bits(fmt: Format) -> bool:
+def four_bits(fmt: Format, params: object) -> bool:
     """Whether AWQ and SVDQuant have something to gain."""
     return fmt.element.bits == 4
 
 
-def eight_bits(fmt: Format) -> bool:
+def clipped(fmt: Format, params: object) -> bool:
+    """Whether there are scales that may be smaller than the largest magnitudes ask for."""
+    return fmt.element.bits == 4 and fmt.scale in (FLOAT32, E4M3)
+
+
+def eight_bits(fmt: Format, params: object) -> bool:
     """Whether SmoothQuant has: it is for weights and inputs of eight bits."""
     return fmt.element.bits == 8
 
@@ -67,6 +74,7 @@ ALGORITHMS = {
             params=Mse,
             about="scales with the smallest squared error of the weights",
             bounded=True,
+            applies=searches,
         ),
         AlgorithmRow(
             name="local_hessian",
@@ -75,6 +83,7 @@ ALGORITHMS = {
             about="scales with the smallest error of the outputs, block by block",
             needs=local_hessian_needs,
             bounded=True,
+            applies=searches,
         ),
         AlgorithmRow(
             name="wmse",
@@ -91,7 +100,8 @@ ALGORITHMS = {
             about="a tensor scale of NVFP4 inputs with room for larger values",
             needs=headroom_needs,
             bounded=True,
-            applies=lambda fmt: fmt.scale.name == "e4m3",
+            applies=lambda fmt, params: fmt.scale == E4M3,
+            of_inputs=True,
         ),
         AlgorithmRow(
             name="percentile",
@@ -99,6 +109,7 @@ ALGORITHMS = {
             params=Percentile,
             about="a scale of inputs that clips the largest few",
             needs=histogram_needs,
+            of_inputs=True,
         ),
         AlgorithmRow(
             name="histogram_mse",
@@ -106,6 +117,8 @@ ALGORITHMS = {
             params=FromBin,
             about="the scale of inputs with the smallest squared error",
             needs=histogram_needs,
+            applies=lambda fmt, params: fmt.element.name in INPUTS,
+            of_inputs=True,
         ),
         AlgorithmRow(
             name="entropy",
@@ -113,6 +126,8 @@ ALGORITHMS = {
             params=FromBin,
             about="the scale of int8 inputs that loses least information",
             needs=histogram_needs,
+            applies=lambda fmt, params: fmt.element.name == "int8",
+            of_inputs=True,
         ),
         AlgorithmRow(
             name="smoothquant",
@@ -127,6 +142,7 @@ ALGORITHMS = {
             name="awq_lite",
             run=awq_lite,
             params=AwqLite,
+            products=11,
             about="scales input channels by how much they matter",
             needs=lite_needs,
             variant="awq",
@@ -136,30 +152,35 @@ ALGORITHMS = {
             name="awq_clip",
             run=awq_clip,
             params=AwqClip,
+            products=25,
             about="clips blocks where that lowers the error of the outputs",
             needs=clip_needs,
-            applies=four_bits,
+            applies=clipped,
         ),
         AlgorithmRow(
             name="awq_full",
             run=awq_full,
             params=AwqFull,
+            products=36,
             about="awq_lite, then awq_clip",
             needs=lite_needs,
             variant="awq",
-            applies=four_bits,
+            applies=clipped,
         ),
         AlgorithmRow(
             name="gptq",
             run=gptq,
             params=Gptq,
+            products=4,
             about="rounds column by column; later columns make up for what earlier ones lost",
             needs=lambda fmt, params: ("gram",),
+            bounded=True,
         ),
         AlgorithmRow(
             name="svdquant",
             run=svdquant,
             params=SvdQuant,
+            products=30,
             about="awq_lite, then keeps the largest part of the weight in two narrow factors",
             needs=svdquant_needs,
             variant="svd",
@@ -187,17 +208,26 @@ def params_of(step: Algorithm) -> object:
 
 def applicable(steps: tuple[Algorithm, ...], fmt: Format) -> tuple[Algorithm, ...]:
     """Those of `steps` that do anything for weights in `fmt`."""
-    return tuple(step for step in steps if ALGORITHMS[step.method].applies(fmt))
+    return tuple(step for step in steps if ALGORITHMS[step.method].applies(fmt, params_of(step)))
 
 
-def check_applicable(steps: tuple[Algorithm, ...], formats: Iterable[str]) -> None:
-    """Raises InputError for a step that does nothing for weights in any of `formats`."""
+def check_applicable(
+    steps: tuple[Algorithm, ...], formats: Iterable[str], stored_inputs: bool = True
+) -> None:
+    """Raises InputError for a step that does nothing for weights in any of `formats`, or for scales
+    of inputs where none is stored.
+    """
     rows = [find_format(name) for name in dict.fromkeys(formats)]
     for step in steps:
-        if rows and not any(ALGORITHMS[step.method].applies(row) for row in rows):
+        if rows and not any(ALGORITHMS[step.method].applies(row, params_of(step)) for row in rows):
             raise InputError(
                 f"{step.method} is not for weights in {', '.join(row.name for row in rows)}, and "
                 "the configuration has no others: take another algorithm, or another format"
+            )
+        if ALGORITHMS[step.method].of_inputs and not stored_inputs:
+            raise InputError(
+                f"{step.method} chooses scales of inputs, and the configuration stores none: take "
+                "another algorithm, or a format of inputs with a scale"
             )
 
 
@@ -221,9 +251,12 @@ def calibrated(
 ) -> Linear:
     """`linear` after `steps`, one after the other. Raises InputError for statistics that a step
     needs and does not have.
+
+    What scales lose when they are quantized themselves is not searched.
     """
+    plain = with_float_scales(fmt)
     for step in applicable(steps, fmt):
         p = linear.pre_quant_scale
         seen = stats if p is None else scaled(stats, p.astype(jnp.float32))
-        linear = ALGORITHMS[step.method].run(linear, fmt, seen, params_of(step))
+        linear = ALGORITHMS[step.method].run(linear, plain, seen, params_of(step))
     return linear

@@ -120,9 +120,21 @@ def _wanted(config: QuantConfig | None, found: Mapping[str, Axes], names: Sequen
         return {path: ("amax",) for path in (*used, *names) if path in names or kinds(found[path])}
     chosen = choose(config, found, names)
     wanted = {path: wanted_kinds(choice, config.steps) for path, choice in chosen.items()}
+    _check_collected(config, wanted)
     stored = [name for name, kv in kept(config, names).items() if not KV_FORMATS[kv].cast]
     found_kinds = wanted | dict.fromkeys(stored, ("amax",))
     return {path: kinds for path, kinds in found_kinds.items() if kinds}
+
+
+def _check_collected(config: QuantConfig, wanted: Wanted) -> None:
+    """Raises InputError for what is not reduced of functions."""
+    for path, needed in wanted.items():
+        if missing := [kind for kind in needed if kind not in REDUCTIONS]:
+            methods = ", ".join(step.method for step in config.steps)
+            raise InputError(
+                f"{path}: {methods} needs the {missing[0]} of its inputs, which is collected of "
+                "checkpoints alone (jqx quantize): take max or another algorithm"
+            )
 
 
 def _accumulated(
@@ -176,8 +188,9 @@ def _reduced(
 
 
 def _collected(kinds: Sequence[str]) -> tuple[str, ...]:
-    """What is reduced of one batch; means need to know of how many tokens."""
-    return (*kinds, *(("tokens",) if "channel_mean" in kinds and "tokens" not in kinds else ()))
+    """What is reduced of one batch: where more than an amax is wanted, of how many tokens too."""
+    counted = set(kinds) - {"amax", "tokens"}
+    return (*dict.fromkeys(kinds), *(("tokens",) if counted and "tokens" not in kinds else ()))
 
 
 def _means(kinds: Mapping[str, Any]) -> dict[str, Any]:

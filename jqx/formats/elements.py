@@ -10,6 +10,7 @@ and back.
 | nf4 | 16 quantiles of the normal distribution within -1..1 |
 | int8, int4 | -128..127 and -8..7; scales are chosen for 127 and 7 |
 | e8m0 | a power of two, 2^(code - 127) |
+| double | a scale in eight bits: code / factor + mean, a factor for 256 of them |
 """
 
 from collections.abc import Callable
@@ -42,6 +43,7 @@ INT8 = Element("int8", 8, 127.0, "int8")
 INT4 = Element("int4", 4, 7.0, "uint8")
 NF4 = Element("nf4", 4, 1.0, "uint8")
 E8M0 = Element("e8m0", 8, 2.0**127, "uint8")
+DOUBLE = Element("double", 8, 127.0, "int8")  # of scales: see nf4
 FLOAT32 = Element("float32", 32, float.fromhex("0x1.fffffep+127"), "float32")
 
 

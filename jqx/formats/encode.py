@@ -21,7 +21,7 @@ from jqx_kernels.bits import round_to
 from .elements import CODECS
 from .format import Format, check_columns, check_divides
 from .numerics import PACKINGS, from_blocks, spread, to_blocks
-from .scales import Scales, find_scales, given_scales, step_of
+from .scales import Outer, Scales, find_scales, given_scales, step_of
 
 
 class Encoded(NamedTuple):
@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
 
     codes: Array
     scale: Array
-    tensor_scale: Float32[Array, ""] | None
+    tensor_scale: Outer
 
 
 def encode(
@@ -51,6 +51,7 @@ def encode(
     shape of `amax` does not.
     """
     check_divides(fmt, w.shape)
+    w = lax.optimization_barrier(w)  # XLA divides constants by a constant's reciprocal
     scales = find_scales(w, fmt, amax, tensor_amax)
     codes, scale, tensor_scale = _divided(w, fmt, scales), scales.scale, scales.tensor_scale
     # packing reads pairs of codes: fused with the division it would be computed one by one
@@ -62,8 +63,9 @@ def encode(
 
 def _codes(
     w: Float[Array, "n k"], fmt: Format, amax: Float[Array, "..."] | None
-) -> tuple[UInt8[Array, "n k"], Array, Float32[Array, ""] | None]:
+) -> tuple[UInt8[Array, "n k"], Array, Outer]:
     """The codes of `w`, one a byte, and the stored scales."""
+    w = lax.optimization_barrier(w)  # as in `encode`
     scales = find_scales(w, fmt, amax, None)
     return _divided(w, fmt, scales), scales.scale, scales.tensor_scale
 
@@ -89,7 +91,7 @@ def decode(encoded: Encoded, fmt: Format, dtype: DTypeLike = jnp.float32) -> Flo
 
 
 def _values(
-    codes: UInt8[Array, "n k"], scale: Array, tensor_scale: Float32[Array, ""] | None, fmt: Format
+    codes: UInt8[Array, "n k"], scale: Array, tensor_scale: Outer, fmt: Format
 ) -> Float32[Array, "n k"]:
     values = CODECS[fmt.element.name].decode(to_blocks(codes, fmt.block))
     return from_blocks(values * spread(step_of(scale, tensor_scale, fmt)), codes.shape)

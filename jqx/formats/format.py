@@ -3,6 +3,7 @@
 
     x ~ code * scale                   one level: scale = amax / element.max of every block
     x ~ code * scale * tensor_scale    two levels: tensor_scale = amax / tensor_bound, E4M3 scales
+    x ~ code * (scale / factor + mean) two levels: eight bits a scale, see nf4
 
 Another block size is `dataclasses.replace(fmt, block=(1, 64))`.
 """
@@ -15,7 +16,19 @@ from dataclasses import dataclass
 
 from jqx.errors import InputError
 
-from .elements import E2M1, E2M1_DOWN, E3M2, E4M3, E8M0, FLOAT32, INT4, INT8, NF4, Element
+from .elements import (
+    DOUBLE,
+    E2M1,
+    E2M1_DOWN,
+    E3M2,
+    E4M3,
+    E8M0,
+    FLOAT32,
+    INT4,
+    INT8,
+    NF4,
+    Element,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,8 @@ FORMATS = {
         Format("mxfp6", E3M2, (1, 32), E8M0),
         Format("mxint8", INT8, (1, 32), E8M0),
         Format("nf4", NF4, (1, 64), packing="columns_high", double_rounding=True),
+        # double quantization: the scales have eight bits, too
+        Format("nf4_double", NF4, (1, 64), DOUBLE, packing="columns_high", double_rounding=True),
     )
 }
 
@@ -99,6 +114,11 @@ def grid_shape(fmt: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
     if fmt.block == (None, None):
         return ()
     return tuple(-(-size // (b or size)) for size, b in zip(shape, fmt.block, strict=True))
+
+
+def with_float_scales(fmt: Format) -> Format:
+    """`fmt`, without the second quantization of its scales."""
+    return dataclasses.replace(fmt, scale=FLOAT32) if fmt.scale == DOUBLE else fmt
 
 
 def check_divides(fmt: Format, shape: tuple[int, ...]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 from ml_dtypes import bfloat16
 
+from jqx.errors import InputError
 from jqx_kernels.bits import divide, round_to
 
 _DECIMALS = (
@@ -25,6 +26,8 @@ _DECIMALS = (
 NF4_VALUES = tuple(float(v) for v in np.array(_DECIMALS, bfloat16))
 _MIDDLES = tuple((a + b) / 2 for a, b in zip(NF4_VALUES[:-1], NF4_VALUES[1:], strict=True))
 _MOST = 127.0
+SCALE_BLOCK = 256
+"""Scales that share a factor."""
 
 
 def nf4_code(x: Float32[Array, "*s"]) -> UInt8[Array, "*s"]:
@@ -44,16 +47,17 @@ def nf4_value(code: UInt8[Array, "*s"]) -> Float32[Array, "*s"]:
     return left[0]
 
 
-class StoredScales(NamedTuple):
-    """Scales in eight bits."""
+class ScaleFactors(NamedTuple):
+    """What scales in eight bits are decoded with, in their dtype."""
 
-    codes: Int8[Array, "blocks b"]
-    factor: Float[Array, "blocks"]
-    """What differences from the mean were multiplied with, in the dtype of the scales."""
-    mean: Float[Array, ""]
+    factor: Float[Array, "*lead blocks"]
+    """What differences from the mean were multiplied with, one for 256 scales."""
+    mean: Float[Array, "*lead"]
 
 
-def quantize_scales(scale: Float[Array, "..."], block: int = 256) -> StoredScales:
+def quantize_scales(
+    scale: Float[Array, "..."], block: int = SCALE_BLOCK
+) -> tuple[Int8[Array, "..."], ScaleFactors]:
     """Eight bits for every scale, in the order of the flat array, `block` of them to a factor.
 
     Zeros fill the last block up and count in the mean. Every step is rounded to the dtype of
@@ -62,19 +66,31 @@ def quantize_scales(scale: Float[Array, "..."], block: int = 256) -> StoredScale
     """
     dtype, flat = scale.dtype, scale.astype(jnp.float32).reshape(-1)
     blocks = jnp.pad(flat, (0, -flat.size % block)).reshape(-1, block)
-    mean = round_to(divide(jnp.sum(blocks), float(blocks.size)), dtype)
+    mean = round_to(jnp.sum(divide(blocks, float(blocks.size))), dtype)  # a sum may be too large
     off = round_to(blocks - mean, dtype)
     most = jnp.max(jnp.abs(off), axis=1)
     inverse = round_to(divide(jnp.ones_like(most), jnp.where(most == 0, 1, most)), dtype)
-    factor = jnp.where(most == 0, jnp.float32(1), round_to(inverse * jnp.float32(_MOST), dtype))
+    factor = jnp.maximum(
+        round_to(inverse * jnp.float32(_MOST), dtype), jnp.float32(jnp.finfo(dtype).tiny)
+    )
+    factor = jnp.where(most == 0, jnp.float32(1), factor)
     codes = jnp.clip(jnp.round(round_to(off * factor[:, None], dtype)), -_MOST, _MOST)
-    return StoredScales(codes.astype(jnp.int8), factor.astype(dtype), mean.astype(dtype))
+    codes = codes.reshape(-1)[: flat.size].reshape(scale.shape).astype(jnp.int8)
+    return codes, ScaleFactors(factor.astype(dtype), mean.astype(dtype))
 
 
-def dequantize_scales(stored: StoredScales, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """The scales that `stored` stands for, in this shape and in the dtype of its factors."""
-    dtype = stored.factor.dtype
-    factor = stored.factor.astype(jnp.float32)[:, None]
-    off = round_to(divide(stored.codes.astype(jnp.float32), factor), dtype)
-    scale = round_to(off + stored.mean.astype(jnp.float32), dtype).astype(dtype)
-    return scale.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+def dequantize_scales(
+    codes: Int8[Array, "..."], factors: ScaleFactors, block: int = SCALE_BLOCK
+) -> Float[Array, "..."]:
+    """The scales that `codes` stand for, in the dtype of the factors. Raises InputError where the
+    factors are not as many as the codes need.
+    """
+    dtype, needed = factors.factor.dtype, -(-codes.size // block)
+    if factors.factor.shape != (needed,):
+        raise InputError(
+            f"{codes.size} scales need {needed} factors, one for {block}, and there are "
+            f"{factors.factor.shape}: they are not of one matrix"
+        )
+    factor = jnp.repeat(factors.factor.astype(jnp.float32), block)[: codes.size]
+    off = round_to(divide(codes.astype(jnp.float32), factor.reshape(codes.shape)), dtype)
+    return round_to(off + factors.mean.astype(jnp.float32), dtype).astype(dtype)

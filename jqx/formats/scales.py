@@ -5,6 +5,7 @@
     e4m3       tensor_scale = amax / tensor_bound
                scale = E4M3(block amax / (element.max * tensor_scale))
     e8m0       scale = 2^ceil(log2(block amax / element.max))
+    double     scale as in float32, then eight bits for it; codes are found with the first
 
 Where ModelOpt 0.47 exports finite numbers the bytes are the same: an amax of zero counts as
 element.max (scale 1), a block of zeros under a tensor scale stores 1, a block scale that underflows
@@ -33,17 +34,20 @@ from jqx_kernels.bits import (
 )
 
 from .format import Format, grid_shape
+from .nf4 import ScaleFactors, dequantize_scales, quantize_scales
 from .numerics import block_amax, spread
 
 TINY = 2.0**-126
 _Quotient = Callable[[Float32[Array, "..."]], Float32[Array, "..."]]
+Outer = Float32[Array, ""] | ScaleFactors | None
+"""What block scales are decoded with, in formats of two levels."""
 
 
 class Scales(NamedTuple):
     """The stored scales of one matrix, and the function that divides its blocks by them."""
 
     scale: Array
-    tensor_scale: Float32[Array, ""] | None
+    tensor_scale: Outer
     quotient: _Quotient
 
 
@@ -199,23 +203,39 @@ def _half_spacing(k: Int32[Array, "*s"]) -> Float32[Array, "*s"]:
     return from_bits(b & INFINITY) * jnp.float32(0.5)
 
 
-_RULES = {"float32": _float32_rule, "e4m3": _e4m3_rule, "e8m0": _e8m0_rule}
+def _double_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _Amax) -> Scales:
+    first = _float32_rule(w, fmt, amax, tensor_amax)
+    zeros = bits(_amax_of_blocks(w, fmt, amax)) == 0  # whose scale would be far from all others
+    codes, factors = quantize_scales(jnp.where(zeros, 0, first.scale).astype(w.dtype))
+    return Scales(codes, factors, first.quotient)
 
 
-def step_of(
-    scale: Array, tensor_scale: Float32[Array, ""] | None, fmt: Format
-) -> Float32[Array, "..."]:
+_RULES = {
+    "float32": _float32_rule,
+    "e4m3": _e4m3_rule,
+    "e8m0": _e8m0_rule,
+    "double": _double_rule,
+}
+
+
+def step_of(scale: Array, tensor_scale: Outer, fmt: Format) -> Float32[Array, "..."]:
     """What a code is multiplied by, as float32 [blocks of rows, blocks of columns]."""
     return _STEPS[fmt.scale.name](scale, tensor_scale)
 
 
-def _e4m3_step(scale: Array, tensor_scale: Float32[Array, ""] | None) -> Float32[Array, "..."]:
-    assert tensor_scale is not None
+def _e4m3_step(scale: Array, tensor_scale: Outer) -> Float32[Array, "..."]:
+    assert not isinstance(tensor_scale, ScaleFactors | None)
     return e4m3_value(lax.bitcast_convert_type(scale, jnp.uint8)) * tensor_scale
+
+
+def _double_step(scale: Array, tensor_scale: Outer) -> Float32[Array, "..."]:
+    assert isinstance(tensor_scale, ScaleFactors)
+    return dequantize_scales(scale, tensor_scale).astype(jnp.float32)
 
 
 _STEPS = {
     "float32": lambda scale, _: scale.reshape(scale.shape or (1, 1)),
     "e4m3": _e4m3_step,
     "e8m0": lambda scale, _: e8m0_value(scale),
+    "double": _double_step,
 }

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jqx.formats import Encoded, Format, decode
+from jqx.formats import Encoded, Format, decode, step_of, with_float_scales
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
 from jqx.transforms import Met
@@ -122,6 +122,9 @@ def _thirds(x: Float[Array, "m k"]) -> Float[Array, "rows k"]:
 
 def _stored(x: Float[Array, "m k"], q: QTensor, exact: bool) -> Float[Array, "m n"]:
     n, k = q.shape
+    if with_float_scales(q.format) != q.format:  # a factor is not for whole rows
+        step, plain = step_of(q.scale, q.tensor_scale, q.format), with_float_scales(q.format)
+        q = q.replace(scale=step, tensor_scale=None, format=plain)
     parts, multiply = _parts(q), PRODUCTS[q.format.packing]
     slices = _slices(k) if q.format.block[1] is None and x.shape[0] == 1 else None
     if slices is not None:

@@ -8,7 +8,7 @@ from a tree (JAX sorts dict keys, layer 10 before layer 2): it is given by the c
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,6 +25,15 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """
     parts = re.split(r"(\d+)", name)
     return tuple((0, int(p), p) if p.isdecimal() else (1, 0, p) for p in parts if p)
+
+
+def owner_of(name: str, paths: Collection[str]) -> str | None:
+    """The nearest module around the leaf `name` that is among `paths`."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in paths:
+            return name
+    return None
 
 
 def strip(tree: Any) -> Any:

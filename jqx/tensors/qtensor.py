@@ -65,7 +65,7 @@ class QTensor:
 
     codes: Leaf  # as exported: float8_e4m3fn or int8 [*lead, n, k], or packed uint8
     scale: Leaf  # [*lead, blocks of rows, blocks of columns], [*lead] per tensor
-    tensor_scale: Leaf  # float32 [*lead], or None for formats of one level
+    tensor_scale: Leaf  # float32 [*lead], ScaleFactors, or None for formats of one level
     format: Format
     dtype: jnp.dtype  # of the array it stands for
     layout: Layout = Layout()
@@ -177,7 +177,7 @@ class QTensor:
         wanted = {
             "codes": at(cuts.rows, cuts.columns),
             "scale": at(*grid),
-            "tensor_scale": at(),
+            "tensor_scale": jax.tree.map(lambda _: at(), self.tensor_scale),
             "input_scale": at(),
             "pre_quant_scale": at(cuts.columns),
             "low_rank": (at(cuts.rows, None), at(None, cuts.columns)),

@@ -33,7 +33,8 @@ def decoded_after(latest: Any, data: Any) -> Any:
     name = "tensor_scale" if two_levels else "scale"
     scale = getattr(data, name)
     never = _never(lax.stop_gradient(latest))
-    return data.replace(**{name: jnp.where(never, jnp.zeros_like(scale), scale)}).decode()
+    held = jax.tree.map(lambda a: jnp.where(never, jnp.zeros_like(a), a), scale)
+    return data.replace(**{name: held}).decode()
 
 
 @custom_vmap

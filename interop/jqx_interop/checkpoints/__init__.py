@@ -12,6 +12,7 @@ from .layout import dtype_name as dtype_name
 from .mapped import MappedTensors as MappedTensors
 from .problems import one_line as one_line
 from .problems import refuse as refuse
+from .problems import told as told
 from .read import Checkpoint as Checkpoint
 from .read import open_checkpoint as open_checkpoint
 from .read import read_beside as read_beside

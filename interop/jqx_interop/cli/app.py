@@ -16,7 +16,7 @@ import typer
 
 from jqx.errors import InputError
 
-from . import calibrate, compare, demo, generate, inspect, quantize, tables
+from . import calibrate, compare, demo, generate, inspect, quantize, rotate, tables
 from .console import err
 from .eval import evaluate
 
@@ -63,6 +63,7 @@ app.command(rich_help_panel="Quantize")(
 app.command(rich_help_panel="Quantize")(
     told(calibrate.calibrate, "interrupted; the same command goes on where it was")
 )
+app.command(rich_help_panel="Quantize")(told(rotate.rotate))
 app.command(rich_help_panel="Look")(told(inspect.inspect))
 app.command(rich_help_panel="Look")(told(compare.compare))
 app.command("eval", rich_help_panel="Look")(told(evaluate))

@@ -54,8 +54,12 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         str, typer.Option(help="The recipe: see `jqx recipes`.", autocompletion=complete_formats)
     ] = "fp8",
     kv_cache: Annotated[
-        str, typer.Option(help="Format of keys and values.", autocompletion=complete_kv)
-    ] = "none",
+        str | None,
+        typer.Option(
+            help="Format of keys and values (default: the recipe's, none for most).",
+            autocompletion=complete_kv,
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe file (YAML), instead of --qformat.")
     ] = None,
