@@ -20,6 +20,7 @@ from jqx.algorithms.histogram import (
     mse_amax,
     percentile_amax,
 )
+from jqx.algorithms.table import ALGORITHMS, check_applicable
 from jqx.calibration.histograms import Histogram
 from jqx.config import Algorithm
 from jqx.errors import InputError
@@ -238,8 +239,11 @@ def test_rows_set_the_amax_of_inputs_alone(method):
 def test_what_rows_refuse():
     one = Linear(jnp.ones((2, 16)))
     for method, fmt in (("histogram_mse", "nvfp4"), ("entropy", "fp8"), ("entropy", "int4")):
+        row = ALGORITHMS[method]
         with pytest.raises(InputError, match=f"{method} is not for the inputs of {fmt}"):
-            calibrated(one, stats(), fmt=find_format(fmt), steps=(Algorithm.of(method),))
+            row.run(one, find_format(fmt), stats(), row.params())
+        with pytest.raises(InputError, match=f"{method} is not for weights in {fmt}"):
+            check_applicable((Algorithm.of(method),), [fmt])
     steps = (Algorithm.of("percentile"),)
     with pytest.raises(InputError, match="needs the statistic 'histogram'"):
         calibrated(one, {}, fmt=find_format("int8"), steps=steps)

@@ -143,6 +143,7 @@ def test_abstract_values_have_the_same_structure():
         assert q.shape == w.shape
         assert q.bits == 8 * q.nbytes / w.size >= FORMATS[name].bits
         assert jax.eval_shape(lambda q: q.decode(), q).shape == w.shape
+    q = jax.eval_shape(lambda w: QTensor.quantize(w, "nf4"), w)
     paths = [
         jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path({"w": q})[0]
     ]
