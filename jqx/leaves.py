@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jqx.algorithms import Linear, calibrated, stored
+from jqx.algorithms import Linear, calibrated, finished, stored
 from jqx.calibration import input_scale
 from jqx.config import INPUT_FORMATS, Algorithm, Choice
 from jqx.errors import InputError
@@ -232,7 +232,7 @@ def _encode(
 
     def one(m: Any, known: dict[str, Any]) -> QTensor:
         done = calibrated(Linear(m, input_amax=_amax_of(known)), known, fmt=row, steps=steps)
-        q = stored(done, row)
+        q = stored(finished(done, known, fmt=row, steps=steps), row)
         if bound is None or done.input_amax is None:
             return q
         return q.replace(input_scale=_input_scale(done.input_amax, input_format or ""))

@@ -34,7 +34,18 @@ def read(folder: Path) -> Arrays:
 
 def decoded(found: Arrays, path: str) -> np.ndarray:
     """The float32 weight that the stored arrays of one linear stand for."""
-    codes, scale = found[f"{path}.weight"], found[f"{path}.weight_scale"]
+    codes, scale = found[f"{path}.weight"], found.get(f"{path}.weight_scale")
+    if scale is None:
+        return codes.astype(np.float32)
+    if scale.dtype == np.uint8:  # powers of two
+        scale = np.exp2(scale.astype(np.float32) - 127)
+        if codes.dtype == np.uint8:
+            pairs = np.stack([codes & 15, codes >> 4], -1).reshape(codes.shape[0], -1)
+            codes = reference.value("e2m1", pairs)
+        return codes.astype(np.float32) * np.repeat(scale, codes.shape[1] // scale.shape[1], 1)
+    if scale.ndim == 4:  # of squares
+        tall, wide = codes.shape[0] // scale.shape[0], codes.shape[1] // scale.shape[2]
+        return codes.astype(np.float32) * scale[:, 0, :, 0].repeat(tall, 0).repeat(wide, 1)
     if codes.dtype == np.uint8 and scale.dtype == np.float32:  # int4: two rows a byte
         pairs = np.stack([codes & 15, codes >> 4], 1).reshape(-1, codes.shape[1])
         steps = np.repeat(scale, pairs.shape[1] // scale.shape[1], 1)

@@ -104,6 +104,20 @@ def test_searches_of_input_scales_change_nothing_else(small: Path, tmp_path: Pat
         assert any(mine[k] < plain[k] for k in mine if k.endswith("input_scale"))
 
 
+def test_the_outer_factor_of_a_low_rank_part_makes_up_for_rounding(small: Path, tmp_path: Path):
+    """Of linears that share their inner factor too; nothing else changes."""
+    options = "nvfp4_svdquant --set lowrank=8"
+    mine, plain = tmp_path / "mine", tmp_path / "plain"
+    quantized(small, mine, options)
+    quantized(small, plain, options + " --set refit=false")
+    base, acts = read(small / "model"), small_model.activations()
+    found, kept = read(mine), read(plain)
+    changed = {name for name in kept if found[name].tobytes() != kept[name].tobytes()}
+    assert changed == {name for name in kept if name.endswith("_svdquant_lora_b")}
+    errors, before = (output_errors(base, tensors, acts) for tensors in (found, kept))
+    assert all(errors[path] < 0.97 * before[path] for path in before)
+
+
 def test_factors_are_folded_so_that_the_model_computes_the_same(small: Path, tmp_path: Path):
     """Decoded weights of a search are near the original ones, once what moved is moved back."""
     base, acts = read(small / "model"), small_model.activations()

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jqx.algorithms import ALGORITHMS
+from jqx.algorithms import ALGORITHMS, calibrated, finished
 from jqx.algorithms.awq import AwqLite, awq_lite
 from jqx.algorithms.linear import Linear, stored
-from jqx.algorithms.svdquant import SvdQuant, low_rank_off, svdquant
+from jqx.algorithms.svdquant import SvdQuant, low_rank_off, refitted, svdquant
+from jqx.config import Algorithm
 from jqx.errors import InputError
 from jqx.formats import find_format
 
 OFF = jax.jit(low_rank_off, static_argnames="rank")
 RUN = jax.jit(svdquant, static_argnames=("fmt", "params"))
+REFIT = jax.jit(refitted, static_argnames=("fmt", "params"))
 LITE = jax.jit(awq_lite, static_argnames=("fmt", "params"))
 STORED = jax.jit(stored, static_argnames="fmt")
 NVFP4 = find_format("nvfp4")
@@ -122,6 +124,72 @@ def test_the_scales_are_those_of_awq_lite():
     np.testing.assert_array_equal(f32(outer), f32(got.low_rank[0]))
     np.testing.assert_array_equal(f32(inner), f32(got.low_rank[1]))
     assert ALGORITHMS["svdquant"].needs(NVFP4, params) == ("channel_mean", "channel_amax", "gram")
+
+
+def drawn(seed=3, tokens=300, n=48, k=64):
+    """Inputs some channels of which are large, and a weight in bfloat16."""
+    r = np.random.RandomState(seed)
+    x = (r.standard_normal((tokens, k)) * np.exp(r.standard_normal(k))).astype(np.float32)
+    return x, jnp.asarray(r.standard_normal((n, k)), jnp.bfloat16)
+
+
+def error_of(linear, w, x):
+    """The squared error of the outputs of what is stored, from the inputs themselves."""
+    q = STORED(linear, NVFP4)
+    outer, inner = (f32(part).astype(np.float64) for part in q.low_rank)
+    total = (f32(q.decode(jnp.float32)) + outer @ inner) * f32(q.pre_quant_scale)
+    return np.square(x @ (total - f32(w)).T).sum()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_outer_factor_takes_what_it_can_of_the_error(seed):
+    """Of all outer factors beside these codes, to the rounding of bfloat16, the best."""
+    x, w = drawn(seed)
+    params, known = SvdQuant(lowrank=6), stats_of(x)
+    before = RUN(Linear(w), NVFP4, known, params)
+    p = f32(before.pre_quant_scale)
+    seen = stats_of(x * p)
+    got = REFIT(before, NVFP4, seen, params)
+    for field in ("weight", "amax", "tensor_amax", "pre_quant_scale", "input_amax"):
+        np.testing.assert_array_equal(getattr(got, field), getattr(before, field))
+    np.testing.assert_array_equal(f32(got.low_rank[1]), f32(before.low_rank[1]))
+    inner = f32(before.low_rank[1]).astype(np.float64)
+    rest = whole(before) - f32(STORED(before, NVFP4).decode(jnp.float32))
+    inputs = (x * p).astype(np.float64)
+    best, *_ = np.linalg.lstsq(inputs @ inner.T, inputs @ rest.T, rcond=None)
+    # its own rounding costs in proportion to the factor
+    np.testing.assert_allclose(
+        f32(got.low_rank[0]), best.T, rtol=2**-7, atol=2**-9 * np.abs(best).max()
+    )
+    assert error_of(got, w, x) < 0.9 * error_of(before, w, x)
+
+
+def test_it_stays_where_nothing_is_gained_or_nobody_asks():
+    x, w = drawn()
+    params = SvdQuant(lowrank=64)
+    exact = RUN(Linear(w.astype(jnp.float32)), NVFP4, stats_of(x), params)
+    exact = exact._replace(weight=jnp.zeros_like(exact.weight))
+    got = REFIT(exact, NVFP4, stats_of(x), params)
+    np.testing.assert_array_equal(got.low_rank[0], exact.low_rank[0])
+    for other in (SvdQuant(lowrank=6, refit=False), SvdQuant(lowrank=6)):
+        linear = RUN(Linear(w), NVFP4, stats_of(x), other)
+        steps = (Algorithm.of("svdquant", lowrank=6, refit=other.refit),)
+        done = finished(linear, stats_of(x), fmt=NVFP4, steps=steps)
+        same = f32(done.low_rank[0]) == f32(linear.low_rank[0])
+        assert same.all() == (not other.refit)
+    plain = calibrated(Linear(w), {}, fmt=NVFP4, steps=(Algorithm.of("max"),))
+    assert finished(plain, {}, fmt=NVFP4, steps=(Algorithm.of("max"),)).low_rank is None
+
+
+@pytest.mark.parametrize("rank", [40, 70])
+def test_factors_with_columns_of_zeros_are_fitted(rank):
+    """More columns than the weight has singular values, and fewer tokens than columns."""
+    x, w = drawn(tokens=30, n=32)
+    params = SvdQuant(lowrank=rank)
+    before = RUN(Linear(w), NVFP4, stats_of(x), params)
+    got = REFIT(before, NVFP4, stats_of(x * f32(before.pre_quant_scale)), params)
+    assert np.isfinite(f32(got.low_rank[0])).all()
+    assert error_of(got, w, x) <= error_of(before, w, x)
 
 
 def test_parameters_out_of_range_are_refused():

@@ -6,7 +6,7 @@ A block is one piece of work where factors are folded, since they move between i
 them the linears that read one input are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqx.algorithms import InputStats, Linear, calibrated, stored
+from jqx.algorithms import InputStats, Linear, calibrated, finished, stored
 from jqx.algorithms.quality import measure
 from jqx.algorithms.shared import gain_scaled, rows_scaled, unified
 from jqx.algorithms.table import ALGORITHMS
@@ -61,6 +61,7 @@ class Search:
             folded |= dict(self._fold_norms())
             for group in self._groups:
                 self._refine(group)
+                self._finish(group)
             yield from folded.items()
             for group in self._groups:
                 for path in group:
@@ -126,21 +127,32 @@ class Search:
             return
         for path in group:
             linear, fmt = self._linears[path], self._format(path)
-            kept = linear.pre_quant_scale
-            factor = self._factors.get(path, kept)
             if fmt.tensor_bound is not None and _bounded(self._steps[1]):
                 most = [jnp.max(jnp.abs(self._linears[p].weight)) for p in self._alike(group, path)]
                 linear = linear._replace(tensor_amax=jnp.max(jnp.stack(most)).astype(jnp.float32))
-            inputs = dict(self._inputs.get(path, {}))
-            linear = linear._replace(pre_quant_scale=factor)
-            found = calibrated(linear, inputs, fmt=fmt, steps=self._steps[1])
-            self._linears[path] = found._replace(pre_quant_scale=kept)
+            self._linears[path] = linear
+            self._met(path, partial(calibrated, fmt=fmt, steps=self._steps[1]))
         for path in group:
             reach = [self._linears[p].tensor_amax for p in self._alike(group, path)]
             known = [amax for amax in reach if amax is not None]
             if self._format(path).tensor_bound is not None and len(known) == len(reach):
                 most = jnp.max(jnp.stack(known))  # the same again for the next of them
                 self._linears[path] = self._linears[path]._replace(tensor_amax=most)
+
+    def _finish(self, group: tuple[str, ...]) -> None:
+        """What comes last, when scales are settled."""
+        steps = self._job.config.steps
+        if any(ALGORITHMS[step.method].finish for step in steps):
+            for path in group:
+                self._met(path, partial(finished, fmt=self._format(path), steps=steps))
+
+    def _met(self, path: str, change: Callable[[Linear, InputStats], Linear]) -> None:
+        """Change a linear with the statistics of inputs that were scaled, by it or before it."""
+        linear = self._linears[path]
+        kept = linear.pre_quant_scale
+        linear = linear._replace(pre_quant_scale=self._factors.get(path, kept))
+        found = change(linear, dict(self._inputs.get(path, {})))
+        self._linears[path] = found._replace(pre_quant_scale=kept)
 
     def _alike(self, group: tuple[str, ...], path: str) -> list[str]:
         """The members of a group that share scales with `path`, and it."""

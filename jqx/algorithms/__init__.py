@@ -7,4 +7,5 @@ from .linear import InputStats as InputStats
 from .linear import Linear as Linear
 from .linear import stored as stored
 from .table import ALGORITHMS as ALGORITHMS
-from .table import calibrated as calibrated
+from .turns import calibrated as calibrated
+from .turns import finished as finished

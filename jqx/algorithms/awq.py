@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from jqx.errors import InputError
-from jqx.formats import Format, block_amax
+from jqx.formats import Format, block_amax, fake_quantize
 from jqx.formats.numerics import from_blocks, spread, to_blocks
 from jqx_kernels.bits import divide, round_to
 
@@ -129,7 +129,8 @@ def awq_clip(linear: Linear, fmt: Format, stats: InputStats, params: AwqClip) ->
     tensor one share for all of it. Formats without blocks stay as they are.
 
     ModelOpt takes the share that is best for the block's own part of the outputs on a few tokens;
-    from that of all tokens on, blocks are improved in turn by the error of the whole outputs.
+    from that of all tokens on, blocks are improved in turn by the error of the whole outputs, with
+    the weight as it will be stored.
     """
     if fmt.block[1] is None or fmt.block[0] != 1:
         return linear
@@ -162,15 +163,18 @@ def _clip_rows(
     moments: tuple[Float32[Array, "k k"], Float32[Array, "blocks b b"]],
 ) -> tuple[Float32[Array, "rows blocks"], Float32[Array, "rows blocks"]]:
     """What the scales of some rows reach, and the shares that it is."""
-    amax = block_amax(w, fmt.block)
+    amax, wide = block_amax(w, fmt.block), w.astype(jnp.float32)
 
-    def error(chosen: Float32[Array, "n blocks"]) -> Float32[Array, "n k"]:
+    def simulated(chosen: Float32[Array, "n blocks"]) -> Float32[Array, "n k"]:
         return (simulate(w, fmt, _clipped(amax, chosen, w)) - w).astype(jnp.float32)
 
-    def sweep(_: Array, chosen: Float32[Array, "n blocks"]) -> Float32[Array, "n blocks"]:
-        return _refined(chosen, error, ratios, moments)
+    def stored(chosen: Float32[Array, "n blocks"]) -> Float32[Array, "n k"]:
+        return fake_quantize(wide, fmt, _clipped(amax, chosen, w)) - wide
 
-    alone = _each_alone(amax, error, ratios, moments[1])
+    def sweep(_: Array, chosen: Float32[Array, "n blocks"]) -> Float32[Array, "n blocks"]:
+        return _refined(chosen, stored, ratios, moments)
+
+    alone = _each_alone(amax, simulated, ratios, moments[1])
     chosen = lax.fori_loop(0, SWEEPS, sweep, alone)
     return _clipped(amax, chosen, w), chosen
 

@@ -22,6 +22,7 @@ class AlgorithmRow:
     format. `applies`: whether it does anything for weights in this format. `of_inputs`: whether
     what it chooses is the scale of inputs that is stored. `bounded`: whether it searches scales of
     blocks below a tensor scale that linears with one input share from the start.
+    `finish`: what comes after all steps, once everything is settled that linears share.
     `variant`: the row of VARIANTS for what it leaves beside codes and scales. `products`: about as
     many products of the weight with all second moments is its work. `about`: one line for people.
     """
@@ -34,5 +35,6 @@ class AlgorithmRow:
     applies: Callable[[Format, Any], bool] = lambda fmt, params: True
     of_inputs: bool = False
     bounded: bool = False
+    finish: Run | None = None
     variant: str | None = None
     products: int = 0

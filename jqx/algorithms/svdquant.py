@@ -5,7 +5,10 @@
     W' = U S V^T,   B = U_r S_r,  A = V_r^T   the r largest singular values
     y = Q(x p) Q(W' - B A)^T + (x p) A^T B^T  p = 1 / s
 
-(Li et al. 2024, arXiv 2411.05007, with the smoothing of ModelOpt 0.47.)
+(Li et al. 2024, arXiv 2411.05007, with the smoothing of ModelOpt 0.47.) At the end B also takes what
+it can of the error E that rounding left, by least squares of the outputs:
+
+    B' = B + E G A^T (A G A^T)^-1             G: second moments of x p
 """
 
 from dataclasses import dataclass
@@ -19,18 +22,22 @@ from jqx.formats import Format
 from jqx_kernels.bits import divide, round_to
 
 from .awq import AwqLite, awq_lite, lite_needs
-from .linear import InputStats, Linear
-from .quadratic import HIGHEST
+from .linear import InputStats, Linear, stored
+from .quadratic import HIGHEST, gram, output_error
+
+RIDGE = 1e-6  # of the mean of the diagonal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SvdQuant:
     """`lowrank`: columns of the factors that are kept beside the weight. `alpha_step`: that of
-    awq_lite, which comes first.
+    awq_lite, which comes first. `refit`: whether the outer factor takes what it can of the error of
+    rounding, as it does not in ModelOpt.
     """
 
     lowrank: int = 32
     alpha_step: float = 0.1
+    refit: bool = True
 
     def __post_init__(self) -> None:
         """Refuse values out of range with InputError."""
@@ -110,6 +117,28 @@ def low_rank(
     b, a = b * sign[None, :], a * sign[:, None]
     missing = rank - a.shape[0]
     return jnp.pad(b, ((0, 0), (0, missing))), jnp.pad(a, ((0, missing), (0, 0)))
+
+
+def refitted(linear: Linear, fmt: Format, stats: InputStats, params: SvdQuant) -> Linear:
+    """`linear`, whose scales are settled, with the outer factor of its low-rank part fitted to the
+    error of the outputs; it stays where that gains nothing. `stats`: of the scaled inputs.
+
+    Raises InputError without second moments.
+    """
+    if linear.low_rank is None or not params.refit:
+        return linear
+    lost = linear.weight.astype(jnp.float32) - stored(linear, fmt).decode(jnp.float32)
+    outer, inner = (part.astype(jnp.float32) for part in linear.low_rank)
+    seen = jnp.matmul(inner, gram(stats, "svdquant"), precision=HIGHEST)
+    normal = jnp.matmul(seen, inner.T, precision=HIGHEST)
+    least = jnp.mean(jnp.diagonal(normal)) * RIDGE + jnp.finfo(jnp.float32).tiny
+    ridge = least * jnp.eye(normal.shape[0], dtype=jnp.float32)
+    more = jnp.linalg.solve(normal + ridge, jnp.matmul(seen, lost.T, precision=HIGHEST)).T
+    new = (outer + more).astype(linear.weight.dtype)
+    left = lost - product(new - linear.low_rank[0], linear.low_rank[1])
+    errors = [output_error(d, stats, "svdquant") for d in (left, lost)]
+    kept = jnp.where(errors[0] < errors[1], new, linear.low_rank[0])
+    return linear._replace(low_rank=(kept, linear.low_rank[1]))
 
 
 def product(outer: Float[Array, "n r"], inner: Float[Array, "r k"]) -> Float[Array, "n k"]:

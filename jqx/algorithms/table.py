@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ALGORITHMS, as rows, and running several in turn."""
+"""ALGORITHMS, as rows, and what a list of them needs and leaves."""
 
 from collections.abc import Iterable
-from functools import partial
-
-import jax
-import jax.numpy as jnp
 
 from jqx.config import Algorithm
 from jqx.errors import InputError, nearest
-from jqx.formats import Format, find_format, with_float_scales
+from jqx.formats import Format, find_format
 from jqx.formats.elements import E4M3, FLOAT32
 
 from .awq import (
@@ -33,14 +29,12 @@ from .histogram import (
     histogram_needs,
     percentile,
 )
-from .linear import InputStats, Linear
 from .local_hessian import LocalHessian, local_hessian, local_hessian_needs
 from .max import Max, max_calibrate
 from .mse import Mse, mse, searches
-from .quadratic import scaled
 from .row import AlgorithmRow
 from .smoothquant import SmoothQuant, smoothquant, smoothquant_needs
-from .svdquant import SvdQuant, svdquant, svdquant_needs
+from .svdquant import SvdQuant, refitted, svdquant, svdquant_needs
 from .weighted import Weighted, weighted, weighted_needs
 
 
@@ -179,6 +173,7 @@ ALGORITHMS = {
         AlgorithmRow(
             name="svdquant",
             run=svdquant,
+            finish=refitted,
             params=SvdQuant,
             products=30,
             about="awq_lite, then keeps the largest part of the weight in two narrow factors",
@@ -243,20 +238,3 @@ def variant_of(steps: tuple[Algorithm, ...], fmt: Format) -> str | None:
     """What `steps` leave beside codes and scales in `fmt`: a row of VARIANTS, the last one."""
     found = [ALGORITHMS[step.method].variant for step in applicable(steps, fmt)]
     return next((variant for variant in reversed(found) if variant is not None), None)
-
-
-@partial(jax.jit, static_argnames=("fmt", "steps"))
-def calibrated(
-    linear: Linear, stats: InputStats, *, fmt: Format, steps: tuple[Algorithm, ...]
-) -> Linear:
-    """`linear` after `steps`, one after the other. Raises InputError for statistics that a step
-    needs and does not have.
-
-    What scales lose when they are quantized themselves is not searched.
-    """
-    plain = with_float_scales(fmt)
-    for step in applicable(steps, fmt):
-        p = linear.pre_quant_scale
-        seen = stats if p is None else scaled(stats, p.astype(jnp.float32))
-        linear = ALGORITHMS[step.method].run(linear, plain, seen, params_of(step))
-    return linear
