@@ -81,7 +81,9 @@ def test_nothing_is_evaluated_on_what_is_calibrated_on():
 
 def test_its_perplexity_is_the_one_in_the_readme():
     found = evaluate(BUNDLED, settings=EvalSettings(compute="float32"))
-    (stated,) = re.findall(r"it has a perplexity of (\d+\.\d) a token", (ROOT / "README.md").read_text("utf-8"))
+    (stated,) = re.findall(
+        r"it has a perplexity of (\d+\.\d) a token", (ROOT / "README.md").read_text("utf-8")
+    )
     assert found.perplexity == pytest.approx(float(stated), rel=0.005)
 
 

@@ -5,8 +5,8 @@
     W' = U S V^T,   B = U_r S_r,  A = V_r^T   the r largest singular values
     y = Q(x p) Q(W' - B A)^T + (x p) A^T B^T  p = 1 / s
 
-(Li et al. 2024, arXiv 2411.05007, with the smoothing of ModelOpt 0.47.) At the end B also takes what
-it can of the error E that rounding left, by least squares of the outputs:
+(Li et al. 2024, arXiv 2411.05007, with the smoothing of ModelOpt 0.47.) At the end B also takes
+what it can of the error E that rounding left, by least squares of the outputs:
 
     B' = B + E G A^T (A G A^T)^-1             G: second moments of x p
 """
