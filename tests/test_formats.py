@@ -30,7 +30,7 @@ from jqx.formats import (
     unpacked_shape,
     weight_amax,
 )
-from jqx.formats.numerics import PACKINGS
+from jqx_kernels.packing import PACKINGS
 
 DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 RUN = jax.jit(encode, static_argnums=1)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import jqx
 from jqx.formats import FORMATS, decode, encode, fake_quantize
-from jqx.formats.e3m2 import e3m2_code, e3m2_value
 from jqx_interop.targets import TARGETS
+from jqx_kernels.e3m2 import e3m2_code, e3m2_value
 
 NAMES = ("mxfp6", "mxint8")
 CODES = np.arange(64, dtype=np.uint8)

@@ -12,7 +12,8 @@ from numpy.typing import DTypeLike
 
 import jqx
 from jqx.formats import decode, encode, fake_quantize, find_format
-from jqx.formats.nf4 import NF4_VALUES, dequantize_scales, nf4_code, nf4_value, quantize_scales
+from jqx.formats.double import dequantize_scales, quantize_scales
+from jqx_kernels.nf4 import NF4_VALUES, nf4_code, nf4_value
 
 NF4 = find_format("nf4")
 RUN = jax.jit(encode, static_argnums=1)

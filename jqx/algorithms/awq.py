@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Float32
 
 from jqx.errors import InputError
 from jqx.formats import Format, block_amax, fake_quantize
-from jqx.formats.numerics import from_blocks, spread, to_blocks
 from jqx_kernels.bits import divide, round_to
+from jqx_kernels.blocks import from_blocks, spread, to_blocks
 
 from .linear import InputStats, Linear, known, smoothed
 from .power import power

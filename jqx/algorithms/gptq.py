@@ -19,9 +19,9 @@ from jaxtyping import Array, Float32, Int32
 
 from jqx.errors import InputError
 from jqx.formats import Format, check_divides
-from jqx.formats.elements import CODECS
 from jqx.formats.scales import TINY, find_scales, step_of
 from jqx_kernels.bits import divide
+from jqx_kernels.codecs import CODECS
 
 from .linear import InputStats, Linear, scale_amax
 from .quadratic import HIGHEST, gram

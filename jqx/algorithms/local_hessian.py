@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32
 
 from jqx.errors import InputError
 from jqx.formats import Format
-from jqx.formats.numerics import to_blocks
+from jqx_kernels.blocks import to_blocks
 
 from .linear import InputStats, Linear
 from .mse import Grid, Mse, searched

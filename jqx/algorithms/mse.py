@@ -23,8 +23,8 @@ from jqx.errors import InputError
 from jqx.formats import Format, block_amax
 from jqx.formats.elements import E4M3, FLOAT32
 from jqx.formats.format import grid_shape
-from jqx.formats.numerics import to_blocks
 from jqx_kernels.bits import round_to
+from jqx_kernels.blocks import to_blocks
 
 from .linear import InputStats, Linear
 from .simulate import simulate

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Float32
 
 from jqx.formats import Format, block_amax, fake_quantize
 from jqx.formats.format import grid_shape
-from jqx.formats.numerics import from_blocks, spread, to_blocks
 from jqx_kernels.bits import divide, e2m1_code, e2m1_value, e4m3_code, e4m3_value
+from jqx_kernels.blocks import from_blocks, spread, to_blocks
 
 SMALLEST = 2.0**-24
 """An amax up to this counts as none."""

@@ -21,11 +21,12 @@ from jaxtyping import Array, Float32, Int, Int32
 
 from jqx.errors import InputError, nearest
 from jqx.formats import Format, block_amax
-from jqx.formats.elements import CODECS, E4M3, FLOAT32
+from jqx.formats.elements import E4M3, FLOAT32
 from jqx.formats.format import grid_shape
-from jqx.formats.numerics import Block, from_blocks, spread, to_blocks
 from jqx.formats.scales import find_scales, step_of
 from jqx_kernels.bits import divide, e4m3_code, e4m3_value, round_to
+from jqx_kernels.blocks import Block, from_blocks, spread, to_blocks
+from jqx_kernels.codecs import CODECS
 
 from .linear import InputStats, Linear
 from .local_hessian import block_products

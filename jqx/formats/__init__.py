@@ -3,6 +3,10 @@
 bytes.
 """
 
+from jqx_kernels.blocks import block_amax as block_amax
+from jqx_kernels.blocks import weight_amax as weight_amax
+from jqx_kernels.packing import unpacked_shape as unpacked_shape
+
 from .elements import Element as Element
 from .encode import Encoded as Encoded
 from .encode import decode as decode
@@ -15,7 +19,4 @@ from .format import check_divides as check_divides
 from .format import find_format as find_format
 from .format import grid_shape as grid_shape
 from .format import with_float_scales as with_float_scales
-from .numerics import block_amax as block_amax
-from .numerics import unpacked_shape as unpacked_shape
-from .numerics import weight_amax as weight_amax
 from .scales import step_of as step_of

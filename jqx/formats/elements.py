@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one stored number is: a row per element, and the functions that turn float32 into its code
-and back.
+"""What one stored number is: a row per element. The functions that turn float32 into its code and
+back are in `jqx_kernels.codecs`.
 
 | element | values |
 |---|---|
@@ -13,16 +13,7 @@ and back.
 | double | a scale in eight bits: code / factor + mean, a factor for 256 of them |
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-
-from jaxtyping import Array, Float32, UInt8
-
-from jqx_kernels import bits as b
-
-from .e3m2 import e3m2_code, e3m2_value
-from .nf4 import nf4_code, nf4_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +34,5 @@ INT8 = Element("int8", 8, 127.0, "int8")
 INT4 = Element("int4", 4, 7.0, "uint8")
 NF4 = Element("nf4", 4, 1.0, "uint8")
 E8M0 = Element("e8m0", 8, 2.0**127, "uint8")
-DOUBLE = Element("double", 8, 127.0, "int8")  # of scales: see nf4
+DOUBLE = Element("double", 8, 127.0, "int8")  # of scales: see double.py
 FLOAT32 = Element("float32", 32, float.fromhex("0x1.fffffep+127"), "float32")
-
-
-@dataclass(frozen=True, slots=True)
-class Codec:
-    """The two directions of an element, elementwise and exact."""
-
-    encode: Callable[[Float32[Array, "*s"], Float32[Array, "*s"]], UInt8[Array, "*s"]]
-    """(x divided by its scale, x itself) -> the code in a byte of its own."""
-    decode: Callable[[UInt8[Array, "*s"]], Float32[Array, "*s"]]
-
-
-CODECS = {
-    "e4m3": Codec(lambda q, x: b.e4m3_code(q), b.e4m3_value),
-    "e2m1": Codec(b.e2m1_code, b.e2m1_value),
-    "e2m1_down": Codec(b.e2m1_code_down, b.e2m1_value),
-    "e3m2": Codec(lambda q, x: e3m2_code(q), e3m2_value),
-    "int8": Codec(lambda q, x: b.int_code(q, 8), partial(b.int_value, width=8)),
-    "int4": Codec(lambda q, x: b.int_code(q, 4), partial(b.int_value, width=4)),
-    "nf4": Codec(lambda q, x: nf4_code(q), nf4_value),
-}

@@ -17,10 +17,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from jqx_kernels.bits import round_to
+from jqx_kernels.blocks import from_blocks, spread, to_blocks
+from jqx_kernels.codecs import CODECS
+from jqx_kernels.packing import PACKINGS
 
-from .elements import CODECS
 from .format import Format, check_columns, check_divides
-from .numerics import PACKINGS, from_blocks, spread, to_blocks
 from .scales import Outer, Scales, find_scales, given_scales, step_of
 
 

@@ -3,7 +3,7 @@
 
     x ~ code * scale                   one level: scale = amax / element.max of every block
     x ~ code * scale * tensor_scale    two levels: tensor_scale = amax / tensor_bound, E4M3 scales
-    x ~ code * (scale / factor + mean) two levels: eight bits a scale, see nf4
+    x ~ code * (scale / factor + mean) two levels: eight bits a scale, see double.py
 
 Another block size is `dataclasses.replace(fmt, block=(1, 64))`.
 """

@@ -32,10 +32,10 @@ from jqx_kernels.bits import (
     from_bits,
     scale_up,
 )
+from jqx_kernels.blocks import block_amax, spread
 
+from .double import ScaleFactors, dequantize_scales, quantize_scales
 from .format import Format, grid_shape
-from .nf4 import ScaleFactors, dequantize_scales, quantize_scales
-from .numerics import block_amax, spread
 
 TINY = 2.0**-126
 _Quotient = Callable[[Float32[Array, "..."]], Float32[Array, "..."]]

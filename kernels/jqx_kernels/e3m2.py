@@ -8,7 +8,7 @@ One code takes a byte of its own: no checkpoint layout stores them.
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt8
 
-from jqx_kernels.bits import bits, from_bits
+from .bits import bits, from_bits
 
 _MAGNITUDE = 0x7FFF_FFFF
 _FIRST = (127 - 3) << 2  # the exponent bias 127 becomes 3
