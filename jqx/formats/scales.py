@@ -14,30 +14,28 @@ amax of zero counts as the bound too (scale 1, codes 0). A float32 scale that wo
 which XLA and most engines read as zero, is 2^-126 here; such an amax is below 6e-36.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32
 
-from jqx_kernels.bits import (
-    INFINITY,
-    bits,
-    divide,
-    e4m3_code,
-    e4m3_value,
-    e8m0_value,
-    from_bits,
-    scale_up,
-)
+from jqx_kernels.bits import bits, divide, e4m3_value, e8m0_value, scale_up
 from jqx_kernels.blocks import block_amax, spread
+from jqx_kernels.scale_rules import (
+    SMALLEST,
+    TINY,
+    e4m3_scale,
+    e4m3_stored,
+    e8m0_scale,
+    float32_scale,
+    stand_in,
+)
 
 from .double import ScaleFactors, dequantize_scales, quantize_scales
 from .format import Format, grid_shape
 
-TINY = 2.0**-126
 _Quotient = Callable[[Float32[Array, "..."]], Float32[Array, "..."]]
 Outer = Float32[Array, ""] | ScaleFactors | None
 """What block scales are decoded with, in formats of two levels."""
@@ -88,16 +86,10 @@ def _amax_of_blocks(
     return amax.reshape(grid or (1, 1))
 
 
-def _stand_in(amax: Float32[Array, "*s"], bound: float) -> Float32[Array, "*s"]:
-    """`amax`, with `bound` in place of zero and NaN: nothing is known, so the scale becomes 1."""
-    return jnp.where((bits(amax) == 0) | jnp.isnan(amax), jnp.float32(bound), amax)
-
-
 def _float32_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _Amax) -> Scales:
     info = jnp.finfo(_amax_dtype(fmt, w.dtype))
-    known = _stand_in(_amax_of_blocks(w, fmt, amax), fmt.element.max)
-    known = jnp.clip(known, jnp.float32(info.tiny), jnp.float32(info.max))
-    scale = jnp.maximum(divide(known, fmt.element.max), jnp.float32(TINY))
+    known = _amax_of_blocks(w, fmt, amax)
+    scale = float32_scale(known, fmt.element.max, (float(info.tiny), float(info.max)))
     outer = None if fmt.tensor_bound is None else _outer_scale(w, fmt, amax, tensor_amax)
     stored = scale.reshape(grid_shape(fmt, w.shape))
     return Scales(stored, outer, lambda x: divide(x, spread(scale)))
@@ -109,7 +101,7 @@ def _outer_scale(
     """The scale of a second stage, which the codes of the first do not depend on."""
     assert fmt.tensor_bound is not None
     whole = jnp.max(block_amax(w, fmt.block)) if tensor_amax is None else tensor_amax
-    scale = divide(_stand_in(whole, fmt.tensor_bound), fmt.tensor_bound)
+    scale = divide(stand_in(whole, fmt.tensor_bound), fmt.tensor_bound)
     return jnp.maximum(scale, jnp.float32(TINY))
 
 
@@ -129,8 +121,8 @@ def _e4m3_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _A
     blocks = block_amax(w, fmt.block)
     given = tensor_amax if amax is None else amax
     whole = jnp.max(blocks) if given is None else given
-    tensor_scale = divide(_stand_in(whole, fmt.tensor_bound), fmt.tensor_bound)
-    return _under(jnp.maximum(tensor_scale, jnp.float32(TINY)), blocks, fmt, least=2.0**-9)
+    tensor_scale = divide(stand_in(whole, fmt.tensor_bound), fmt.tensor_bound)
+    return _under(jnp.maximum(tensor_scale, jnp.float32(TINY)), blocks, fmt, SMALLEST)
 
 
 def _static_blocks(
@@ -146,61 +138,31 @@ def _static_blocks(
             f"and amax is {amax.shape}."
         )
     top = jnp.float32(fmt.tensor_bound / fmt.element.max)
-    whole = _stand_in(jnp.max(amax) if tensor_amax is None else tensor_amax, fmt.tensor_bound)
+    whole = stand_in(jnp.max(amax) if tensor_amax is None else tensor_amax, fmt.tensor_bound)
     tensor_scale = jnp.maximum(divide(whole, fmt.tensor_bound), jnp.float32(TINY))
     scale = divide(amax, fmt.element.max)
     scale = jnp.where(bits(scale) == 0, jnp.float32(1), scale)
     scale = divide(scale * top, divide(whole, fmt.element.max))
-    return _stored_under(tensor_scale, scale, least=2.0**-9)
+    return _coded(e4m3_stored(scale, tensor_scale), tensor_scale)
 
 
 def _under(
     tensor_scale: Float32[Array, ""], blocks: Float32[Array, "..."], fmt: Format, least: float
 ) -> Scales:
     """The block scales below a tensor scale, of blocks with these largest magnitudes."""
-    scale = divide(blocks, jnp.float32(fmt.element.max) * tensor_scale)
-    return _stored_under(tensor_scale, jnp.where(bits(blocks) == 0, jnp.float32(1), scale), least)
+    return _coded(e4m3_scale(blocks, tensor_scale, fmt.element.max, least), tensor_scale)
 
 
-def _stored_under(
-    tensor_scale: Float32[Array, ""], scale: Float32[Array, "..."], least: float
-) -> Scales:
-    """Block scales between `least` and 448 in E4M3, under a tensor scale."""
-    code = e4m3_code(jnp.clip(scale, jnp.float32(least), jnp.float32(448)))
-    step = jnp.maximum(e4m3_value(code) * tensor_scale, jnp.float32(TINY))
+def _coded(found: tuple[Array, Array], tensor_scale: Float32[Array, ""]) -> Scales:
+    code, step = found
     stored = lax.bitcast_convert_type(code, jnp.float8_e4m3fn)
     return Scales(stored, tensor_scale, lambda x: divide(x, spread(step)))
 
 
 def _e8m0_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _Amax) -> Scales:
-    code = _ceil_log2(_amax_of_blocks(w, fmt, amax), fmt.element.max)
+    code = e8m0_scale(_amax_of_blocks(w, fmt, amax), fmt.element.max)
     inverse = e8m0_value(jnp.uint8(254) - code)
     return Scales(code, None, lambda x: scale_up(x, spread(inverse)))
-
-
-def _ceil_log2(amax: Float32[Array, "*s"], bound: float) -> UInt8[Array, "*s"]:
-    """127 + ceil(log2(amax / bound)) clipped to 0..254, where log2 is rounded to float32 before it
-    is ceiled.
-
-    So a quotient a few ulp above a power of two counts as that power, as it does for torch.
-    """
-    fraction, exponent = math.frexp(bound)
-    b = bits(divide(amax, 2 * fraction))
-    floor = (b >> 23) - 127 - (exponent - 1)
-    above = (b & 0x7F_FFFF).astype(jnp.float32)  # in ulp of the power of two
-    up = above > _half_spacing(floor) * jnp.float32(math.log(2))
-    return jnp.clip(floor + 127 + up.astype(jnp.int32), 0, 254).astype(jnp.uint8)
-
-
-def _half_spacing(k: Int32[Array, "*s"]) -> Float32[Array, "*s"]:
-    """Half the distance from the integer `k` to the next float32 above it, in units of 2^-23; 0 for
-    k = 0.
-    """
-    b = bits(jnp.abs(k).astype(jnp.float32))
-    b = jnp.where(
-        k < 0, b - 1, b
-    )  # towards zero the spacing below a power of two is the smaller one
-    return from_bits(b & INFINITY) * jnp.float32(0.5)
 
 
 def _double_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _Amax) -> Scales:
