@@ -69,10 +69,10 @@ def cached_attention(
     """
     positions = past.slots.positions(x.shape[1])
     q, k, v = _projected(row, names, params, x, positions, compute)
-    kept = past.kept.with_tokens(k, v, past.slots.start)
-    real = past.slots.real(kept.keys.shape[1])
+    kept = past.kept.with_tokens(k, v, past.slots.start, compute)
+    real = past.slots.real(kept.slots)
     sight = Sight(jnp.repeat(real, row.kv_heads, axis=0), past.slots.start)
-    y = _attended(row, q, kept.keys, kept.values, sight, compute)
+    y = _attended(row, q, *kept.read(compute), sight, compute)
     return linear(module(params, names.out), y, compute), kept
 
 

@@ -94,7 +94,7 @@ class Session:
         as long as a block.
         """
         stop = self._start + (ids.shape[1] if ids.ndim > 1 else 1)
-        if stop > self._kept[0].keys.shape[1]:
+        if stop > self._kept[0].slots:
             self._grow(slots_for(stop, self._last))
         slots = Slots(jax.device_put(np.int32(self._start)), self._pads)
         h = self._embed(ids)

@@ -133,13 +133,15 @@ class Compute:
     products: a float32 carrier of bfloat16 values is for CPUs without units that multiply them.
     `strict` rounds every result on its bits; otherwise the compiler may keep more precision between
     operations that it fuses. `attention` is "chunks" (2-D products per key/value head and 128
-    queries, for CPUs) or "batched" (for accelerators).
+    queries, for CPUs) or "batched" (for accelerators). `cache` is the row of CACHE_FORMATS in which
+    keys and values are kept between calls, None where they are kept as they are.
     """
 
     dtype: jnp.dtype = jnp.dtype("float32")
     carrier: jnp.dtype = jnp.dtype("float32")
     strict: bool = True
     attention: str = "chunks"
+    cache: str | None = None
 
     @property
     def precision(self) -> jax.lax.Precision:

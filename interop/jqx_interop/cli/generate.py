@@ -21,6 +21,13 @@ WIDTH = 60
 """Characters of a prompt in the line above its text."""
 
 
+def complete_cache(incomplete: str) -> list[str]:
+    """Formats that begin so."""
+    from jqx.models.cache import CACHE_FORMATS
+
+    return [name for name in CACHE_FORMATS if name.startswith(incomplete)]
+
+
 def generate(  # noqa: PLR0913  a command's options are its parameters
     model: Annotated[str, typer.Argument(help=MODEL)],
     prompt: Annotated[
@@ -63,6 +70,14 @@ def generate(  # noqa: PLR0913  a command's options are its parameters
         list[str] | None, typer.Option(help="End before this text; may be given again.")
     ] = None,
     compute: Annotated[str, typer.Option(help=COMPUTE, autocompletion=complete_compute)] = "auto",
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep keys and values in eight bits: fp8 or int8. Default: as they are, or as the "
+            "checkpoint says.",
+            autocompletion=complete_cache,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Let the model go on with a text, or answer a message.
@@ -70,7 +85,7 @@ def generate(  # noqa: PLR0913  a command's options are its parameters
     One prompt is printed while it grows; several run as one batch and are printed one after
     another.
     """
-    from jqx_interop.generation import Sampling, run
+    from jqx_interop.generation import Arithmetic, Sampling, run
     from jqx_interop.stored import open_model
 
     texts = _texts(prompt or [], prompt_file or [])
@@ -89,7 +104,8 @@ def generate(  # noqa: PLR0913  a command's options are its parameters
     with contextlib.ExitStack() as stack:
         progress = _Notes() if alone else stack.enter_context(Bars())
         try:
-            found = run(source, asked, sampling, _print_piece if alone else None, compute, progress)
+            told, how = _print_piece if alone else None, Arithmetic(compute, kv_cache)
+            found = run(source, asked, sampling, told, how, progress)
         except KeyboardInterrupt:
             print(flush=True)
             raise

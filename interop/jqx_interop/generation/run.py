@@ -5,16 +5,17 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from jqx.errors import InputError
-from jqx.models import ModelSpec, param_shapes
+from jqx.models import Compute, ModelSpec, param_shapes
+from jqx.models.cache import check_cache_format
 from jqx.models.generate import Session
 from jqx.models.layers import module
 from jqx.models.sampling import sequence_keys
@@ -84,18 +85,31 @@ def generate(
     sampling: Sampling | None = None,
     on_token: OnToken | None = None,
     compute: str = "auto",
+    kv_cache: str | None = None,
 ) -> list[Completion]:
     """How each of the prompts goes on.
 
     `model`: a checkpoint in memory, or a directory or Hub id, plain or quantized. `prompts`: one or
     several texts, lists of token ids, or conversations (lists of messages with role and content,
     for the model's chat template); they run as one batch. `on_token(i, text)` is told the text of
-    prompt `i` piece by piece. `compute` as for `ptq`.
+    prompt `i` piece by piece. `compute` as for `ptq`. `kv_cache`: keep keys and values in eight
+    bits, "fp8" or "int8", with a scale for every token of every head; None: as they are.
 
     Raises InputError for prompts and settings that mean nothing, for prompts that fill the context,
     and for what `load` refuses.
     """
-    return list(run(model, prompts, sampling or Sampling(), on_token, compute).completions)
+    how = Arithmetic(compute, kv_cache)
+    return list(run(model, prompts, sampling or Sampling(), on_token, how).completions)
+
+
+class Arithmetic(NamedTuple):
+    """`compute` and `kv_cache` of `generate`."""
+
+    compute: str = "auto"
+    kv_cache: str | None = None
+
+
+PLAIN = Arithmetic()
 
 
 def run(
@@ -103,17 +117,18 @@ def run(
     prompts: Prompt | Sequence[Prompt],
     sampling: Sampling,
     on_token: OnToken | None = None,
-    compute: str = "auto",
+    arithmetic: Arithmetic = PLAIN,
     progress: Progress | None = None,
 ) -> Generation:
     """`generate` with all that is known about it; tells `progress` how far it is."""
     progress = progress or Silent()
     sampling.check()
+    check_cache_format(arithmetic.kv_cache)
     start = time.perf_counter()
     source = _opened(model)
     said = read_generation_config(source.path)
     draw, ends = draw_of(sampling, said), ends_of(said, source.config)
-    how = compute_of(compute, source.dtype)
+    how = _how(arithmetic, source)
     asked = listed(prompts)
     tokenizer = open_tokenizer(source.path, bool(sampling.stop) or any(map(is_text, asked)))
     ids = token_ids(asked, tokenizer, source.path, source.spec.vocab)
@@ -144,6 +159,17 @@ def run(
         tokens_per_second=(len(moments) - 3) / (moments[-1] - moments[2]) if moments[3:] else None,
         weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
     )
+
+
+def _how(arithmetic: Arithmetic, source: "_Opened") -> Compute:
+    """Raises InputError for a cache in other formats than the checkpoint says."""
+    said, asked = source.spec.kv_cache, arithmetic.kv_cache
+    if said is not None and asked is not None:
+        raise InputError(
+            f"the checkpoint says that keys and values are kept in {said}, and kv_cache is "
+            f"{asked}: leave it out"
+        )
+    return replace(compute_of(arithmetic.compute, source.dtype), cache=asked)
 
 
 def _check_numbers(logits: Float[np.ndarray, "b v"]) -> None:
