@@ -2,6 +2,7 @@
 """Post-training quantization of language models in JAX."""
 
 from .algorithms import ALGORITHMS as ALGORITHMS
+from .api import compress as compress
 from .api import dequantize as dequantize
 from .api import fake_quantized as fake_quantized
 from .api import kv_rounding as kv_rounding

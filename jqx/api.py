@@ -11,6 +11,7 @@ become QTensors, and everything else stays what it is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ from jqx.config import KV_FORMATS, QuantConfig
 from jqx.errors import InputError
 from jqx.formats import FORMATS
 from jqx.leaves import check_floats, faked_leaf, known_amax, stored_leaf
-from jqx.selection import choose, config_of, kept
+from jqx.patterns import picked
+from jqx.selection import check_rules, choose, config_of, kept
 from jqx.tensors import QTensor, Stats
 from jqx.tensors.paths import named_leaves
 from jqx.transforms.axes import Axes, axes_from, axes_from_json, axes_given
@@ -46,7 +48,8 @@ def quantize(
     function: the scales of inputs, and along which axes each weight is contracted. Without them
     `axes` says the latter: what `jqx.axes` returns, or a mapping from paths to the contraction axes
     (an int or several), or these for all leaves with at least two axes; other axes but one are a
-    stack then.
+    stack then. A QTensor in the format that `cfg` gives it keeps its codes, and gets the scale of
+    its inputs.
 
     Keys and values are no parameters: see `jqx.kv_rounding`. Codes are found on the CPU, where
     division is exact, and come back to the devices of the weight; they are sharded as it is.
@@ -68,6 +71,43 @@ def quantize(
         for path, choice in chosen.items()
     }
     return structure.unflatten([found.get(path, x) for path, x in leaves])
+
+
+def compress(
+    params: Any,
+    patterns: Mapping[str, bool] | None = None,
+    *,
+    config: QuantConfig | str,
+    stats: Stats | None = None,
+    axes: AxesLike | int | tuple[int, ...] | None = None,
+) -> Any:
+    """`params` with those weights that `config` selects and `patterns` say yes to as QTensors whose
+    scales reach the largest magnitudes: for models that do not fit otherwise.
+
+    `patterns`: globs as in rules -> bool, the last match wins, no match is no; None: all. `axes` as
+    in `quantize`. Without `stats` stored scales of inputs are left out, and found in each
+    activation, until `quantize` adds them: `stats = jqx.calibrate(apply_fn, compressed, batches,
+    config)`, then `jqx.quantize(compressed, config, stats)`.
+
+    Raises InputError as `quantize` does; for an algorithm other than "max"; for patterns that are
+    none or match nothing.
+    """
+    config = config_of(config)
+    if searched := [step.method for step in config.steps if step.method != "max"]:
+        raise InputError(
+            f"compress stores the largest magnitudes, and {', '.join(searched)} chooses others: "
+            'take jqx.quantize, or a configuration with algorithm="max"'
+        )
+    _check_stats(stats)
+    seen = _seen(_by_name(named_leaves(params, _is_stored)), stats, axes)
+    check_rules(config, seen, stats.meta.get("names", ()) if stats else [])
+    wanted = picked({"*": True} if patterns is None else patterns, config, seen)
+    narrowed = replace(
+        config,
+        rules=tuple(replace(rule, optional=True) for rule in config.rules),  # checked already
+        algorithm=None if stats is None else config.algorithm,
+    )
+    return quantize(params, narrowed, stats, {path: seen[path] for path in wanted})
 
 
 def dequantize(params: Any) -> Any:

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jqx.algorithms import Linear, calibrated, finished, stored
 from jqx.calibration import input_scale
 from jqx.config import INPUT_FORMATS, Algorithm, Choice
 from jqx.errors import InputError
-from jqx.formats import find_format
+from jqx.formats import Format, find_format
 from jqx.selection import wanted_kinds
 from jqx.tensors import QTensor, Stats
 from jqx.tensors.layout import Layout, layout_of, to_matrices
@@ -35,21 +35,24 @@ def stored_leaf(
     steps: tuple[Algorithm, ...],
     stats: Stats | None,
 ) -> QTensor:
-    """The parameter `w` at `path` as a QTensor, on its devices and sharded as it is.
+    """The parameter `w` at `path` as a QTensor, on its devices and sharded as it is; one that is
+    stored so already keeps its codes.
 
     Raises InputError for numbers that no scale covers, and for a scale of inputs that `stats` do
     not give.
     """
-    if isinstance(w, QTensor):
-        raise InputError(f"{path} is quantized already: dequantize it first (jqx.dequantize)")
     if choice.weight is None:
         raise InputError(
             f"{path} gets the input format {choice.input} and no weight format, and stored weights "
             "carry both: give it one, or use jqx.fake_quantized"
         )
+    layout = layout_of(axes.shape, axes.contracted, axes.stack)
+    if isinstance(w, QTensor):
+        _check_same(path, w, find_format(choice.weight), layout, steps)
     check_floats(path, w)
     treatment = _treatment(path, choice, axes, stats if steps else None, needed=bool(steps))
-    layout = layout_of(axes.shape, axes.contracted, axes.stack)
+    if isinstance(w, QTensor):
+        return _rescaled(w, choice, treatment)
     known = inputs_of(path, choice, axes, steps, stats)
     encode = partial(
         _encode,
@@ -73,6 +76,40 @@ def stored_leaf(
             "parameters come from"
         )
     return _placed(_with_inputs(q, choice, scale), w)
+
+
+def _check_same(
+    path: str, q: QTensor, fmt: Format, layout: Layout, steps: tuple[Algorithm, ...]
+) -> None:
+    """Raises InputError unless `q` can be what is asked for, with other scales of inputs."""
+    told = f"{path} is quantized already"
+    out = "dequantize it first (jqx.dequantize)"
+    searched = [step.method for step in steps if step.method != "max"]
+    if q.format != fmt:
+        raise InputError(f"{told}, to {q.format.name} and not to {fmt.name}: {out}")
+    if searched:
+        raise InputError(f"{told}, and {searched[0]} starts from the weight: {out}")
+    if q.layout != layout:
+        raise InputError(
+            f"{told}, along the axes {q.columns} of {q.shape} and with the stack {q.stack}, which "
+            f"is not how it is used: {out}"
+        )
+    if q.pre_quant_scale is not None or q.low_rank is not None:
+        raise InputError(f"{told}, and what its inputs meet was chosen with them: {out}")
+
+
+def _rescaled(q: QTensor, choice: Choice, treatment: Treatment | None) -> QTensor:
+    """`q` with the format of its inputs and their scale, where there is one to give."""
+    scale = None if treatment is None else treatment.input_scale
+    if scale is None:
+        known = q.input_scale if q.input_format == choice.input else None
+        return q.replace(input_format=choice.input, input_scale=known)
+    if isinstance(q.codes, Tracer) or not isinstance(q.codes, jax.Array):
+        return q.replace(input_format=choice.input, input_scale=scale)
+    if isinstance(where := q.codes.sharding, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec(*where.spec[: scale.ndim]))
+    scale = jax.device_put(scale, where) if q.codes.committed else scale
+    return q.replace(input_format=choice.input, input_scale=scale)
 
 
 def _with_inputs(q: QTensor, choice: Choice, scale: Any) -> QTensor:

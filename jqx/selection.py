@@ -92,7 +92,7 @@ def choose(
     Raises InputError if nothing is chosen, for a rule that matches nothing, and for a parameter
     that is chosen and cannot be stored so.
     """
-    _check_rules(config, seen, list(names))
+    check_rules(config, seen, list(names))
     chosen = {}
     for path, axes in seen.items():
         choice = _choice(config, path, axes)
@@ -199,7 +199,7 @@ def _axes(axes: tuple[int, ...]) -> str:
     return ("axis " if len(axes) == 1 else "the axes ") + ", ".join(map(str, axes))
 
 
-def _check_rules(config: QuantConfig, seen: Mapping[str, Axes], names: list[str]) -> None:
+def check_rules(config: QuantConfig, seen: Mapping[str, Axes], names: list[str]) -> None:
     """Raises InputError for a rule that somebody wrote and that matches nothing."""
     attentions = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     for rule in config.rules:

@@ -65,10 +65,16 @@ def test_the_kind_of_statistics():
 
 # --- parameters
 
+SCALED_FIRST = jqx.quantize(MLP, "fp8", STATS)
+SCALED_FIRST["down"]["kernel"] = SCALED_FIRST["down"]["kernel"].replace(pre_quant_scale=jnp.ones(N))
+
 PARAMS = {
     "one is missing": ({"up": MLP["up"]}, r"failed with batch 0, .*: KeyError: 'down'\. Do params"),
     "another shape": (MLP | {"down": {"kernel": draw(8, K)}}, r"TypeError: .*\(16,\) and \(8,\)"),
-    "quantized ones": (jqx.quantize(MLP, "fp8", STATS), r"^down.kernel is quantized: give dense"),
+    "inputs scaled first": (
+        SCALED_FIRST,
+        r"^down.kernel is quantized with a pre_quant_scale, .*: give dense parameters to calibrate",
+    ),
 }
 
 

@@ -129,11 +129,21 @@ def test_weights_stay_where_they_are():
     same(free, put)
 
 
-def test_a_quantized_tree_is_not_quantized_again():
+def test_a_quantized_tree_is_not_quantized_to_another_format():
     params = {"a": draw(K, N), "b": draw(K, N)}
     q = jqx.quantize(params, config(path_glob="a", weight="int8"), axes=-2)
-    with pytest.raises(InputError, match=r"^a is quantized already: dequantize it first"):
-        jqx.quantize(q, "int8_weight_only", axes=-2)
+    refusals = {
+        r"^a is quantized already, to int8 and not to fp8: dequantize it first": ("fp8", "max", -2),
+        "^a is quantized already, and mse starts from the weight: deq": ("int8", "mse", -2),
+        r"^a is quantized already, along the axes \(0,\) of \(32, 16\)": ("int8", "max", -1),
+    }
+    for told, (weight, algorithm, axes) in refusals.items():
+        cfg = QuantConfig(rules=(Rule(path_glob="a", weight=weight),), algorithm=algorithm)
+        with pytest.raises(InputError, match=told):
+            jqx.quantize(q, cfg, axes=axes)
+    scaled = {"a": q["a"].replace(pre_quant_scale=jnp.ones(K))}
+    with pytest.raises(InputError, match="^a is quantized already, and what its inputs meet was"):
+        jqx.quantize(scaled, config(path_glob="a", weight="int8"), axes=-2)
     both = jqx.quantize(q, config(path_glob="b", weight="fp8"), axes=-2)
     assert both["a"] is q["a"]
     assert both["b"].format.name == "fp8"

@@ -52,14 +52,18 @@ def embed_rows(
     hidden.turn()
 
 
-def side_by_side(call: Callable[[int], Any], count: int) -> Iterator[Any]:
-    """The results of `call(0)` to `call(count - 1)`, in order.
+def side_by_side(
+    call: Callable[[int], Any], count: int, workers: int | None = None
+) -> Iterator[Any]:
+    """The results of `call(0)` to `call(count - 1)`, in order, `workers` at a time (None: as many
+    as suit the device).
 
     The first runs alone, since it compiles the program and makes the files. No more than a few are
     ahead of what is taken.
     """
     yield call(0)
-    rest, ahead = range(1, count), 4 * callers()
-    with ThreadPoolExecutor(callers(), thread_name_prefix="jqx-block") as pool:
+    workers = callers() if workers is None else workers
+    rest, ahead = range(1, count), 4 * workers
+    with ThreadPoolExecutor(workers, thread_name_prefix="jqx-block") as pool:
         for start in range(0, len(rest), ahead):
             yield from pool.map(call, rest[start : start + ahead])

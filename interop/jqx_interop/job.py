@@ -176,6 +176,30 @@ class Job:
 
 def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
     """Decide everything about a run. Raises InputError for whatever would stop it later."""
+    job = decide(model, recipe, settings)
+    _refuse_unreached(job)
+    if job.needs_kv and job.spec is None:
+        raise InputError(
+            f"--kv-cache {job.kv} needs the keys and values of the model, and model_type "
+            f"{job.checkpoint.config.get('model_type')!r} is not defined here; "
+            f"use --kv-cache none or one that ends in _cast"
+        )
+    searched = [step.method for step in job.config.steps if step.method != "max"]
+    if settings.low_memory and searched:
+        raise InputError(
+            "--low-memory compresses weights before any input is met, and "
+            f"{', '.join(searched)} chooses more than the largest magnitudes: leave --low-memory "
+            "out, or take --algorithm max"
+        )
+    return dataclasses.replace(job, outputs=tuple(_outputs(job)))
+
+
+def decide(
+    model: str | Path, recipe: str | Recipe, settings: Settings, *, in_memory: bool = False
+) -> Job:
+    """What the recipe says about each linear of a checkpoint. `in_memory`: nothing will be written,
+    so formats need no name in a layout, and the model must be one that can be run.
+    """
     settings.check()
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)
@@ -187,7 +211,7 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
     config = with_kv(apply_options(row.config, settings), kv)
     data_free = not calibrated(config) and (kv is None or KV_FORMATS[kv].cast)
     recorded = settings.activations is not None or settings.stats is not None
-    spec = _spec(checkpoint, must=not data_free and not recorded)
+    spec = _spec(checkpoint, must=in_memory or (not data_free and not recorded))
     if spec is not None:
         check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
         spec = own_head(checkpoint, spec)
@@ -197,7 +221,8 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
             f"{checkpoint.path} is a model in {dtype_key}; "
             f"those in {', '.join(sorted(FLOATS))} can be quantized"
         )
-    job = Job(
+    supports = (lambda choice: True) if in_memory else TARGETS[settings.target].supports
+    return Job(
         checkpoint=checkpoint,
         spec=spec,
         recipe=row,
@@ -206,17 +231,9 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
         settings=settings,
         dtype=DTYPES[dtype_key],
         inventory=inventory,
-        choices=choices_for(config, inventory, row.name, TARGETS[settings.target].supports),
+        choices=choices_for(config, inventory, row.name, supports),
         outputs=(),
     )
-    _refuse_unreached(job)
-    if job.needs_kv and spec is None:
-        raise InputError(
-            f"--kv-cache {kv} needs the keys and values of the model, and model_type "
-            f"{checkpoint.config.get('model_type')!r} is not defined here; "
-            f"use --kv-cache none or one that ends in _cast"
-        )
-    return dataclasses.replace(job, outputs=tuple(_outputs(job)))
 
 
 def _refuse_unreached(job: Job) -> None:

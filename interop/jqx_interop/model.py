@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jqx.config import QuantConfig
 from jqx.models import ModelSpec, param_shapes
 from jqx.models.linen import CausalLM
+from jqx.recipes import Recipe
 
+from .compressing import read_compressed
 from .stored import open_model, read_params
 
 
@@ -43,15 +46,24 @@ class Model:
         return self.module.apply(variables, jnp.asarray(ids, jnp.int32))  # pyright: ignore[reportReturnType]
 
 
-def load(model: str | Path) -> Model:
+def load(model: str | Path, quantize: str | Path | Recipe | QuantConfig | None = None) -> Model:
     """Read a whole checkpoint into memory, in the dtype its configuration names.
 
-    Quantized weights stay as they are stored, and run as their formats say. Raises InputError for
-    what cannot be read: see `open_model`.
+    Quantized weights stay as they are stored, and run as their formats say. With `quantize` (the
+    name of a recipe, a recipe file or a configuration) a plain checkpoint is compressed while it is
+    read, so that the full-precision model is never in memory; scales of inputs are found in each
+    activation until `jqx.calibrate` and `jqx.quantize` give them.
+
+    Raises InputError for what cannot be read: see `open_model`; with `quantize` also for a
+    checkpoint that is quantized already and for a recipe that needs calibration data.
     """
-    source = open_model(model)
+    if quantize is None:
+        source = open_model(model)
+        params = read_params(source, param_shapes(source.spec))
+    else:
+        source, params = read_compressed(model, quantize)
     return Model(
-        params=read_params(source, param_shapes(source.spec)),
+        params=params,
         module=CausalLM(source.spec),
         config=source.checkpoint.config,
         path=source.checkpoint.path,

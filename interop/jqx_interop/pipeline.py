@@ -183,6 +183,7 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         "device": f"{device.platform} {device.device_kind} {platform.machine()}",
         "threads": processors(),
         "report": job.settings.report is not None,
+        "low_memory": job.settings.low_memory,
     }
 
 

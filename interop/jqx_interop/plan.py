@@ -28,7 +28,7 @@ from .checkpoints import parse_size, plan_shards
 from .device import callers, compute_of
 from .job import Job
 from .report import Coverage, coverage_of
-from .weights import CHUNK, encode_weight
+from .weights import CHUNK, encode_weight, linear_groups
 
 PROCESS = 110 << 20  # bytes of a process that has loaded JAX
 COMPILER = 130 << 20  # bytes that compiling the program of a block takes
@@ -120,7 +120,9 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
         return PROCESS + encoding, 0
     carrier = np.dtype(compute_of(job.settings.compute, job.dtype).carrier).itemsize
     kind = job.spec.blocks[0]
-    block = block_parameters(job.spec) * carrier
+    block, at_once = block_parameters(job.spec) * carrier, callers()
+    if job.settings.low_memory:
+        block, at_once = _compressed_block(job, carrier), 1
     hidden = tokens * job.spec.hidden * carrier
     spilled = hidden if hidden > parse_size(job.settings.max_memory) else 0
     widths = (
@@ -129,9 +131,24 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
         + 4 * kind.attention.heads * kind.attention.head_dim
     )
     rows = max(ROWS_PER_CALL, job.settings.calib_seq * max(job.settings.batch_size, 1))
-    calls = callers() * min(tokens, rows) * widths * 4
+    calls = at_once * min(tokens, rows) * widths * 4
     memory = PROCESS + COMPILER + block + hidden - spilled + calls + encoding
     return memory + _searching(job, largest), 2 * spilled
+
+
+def _compressed_block(job: Job, carrier: int) -> int:
+    """Bytes of the largest block as it will be written, and of the weights that are decoded
+    together: those of linears that read one input.
+    """
+    units = [job.inventory.units[unit] for unit in job.inventory.blocks]
+    block_of = {name.rpartition(".")[0]: i for i, unit in enumerate(units) for name in unit}
+    sizes = [0] * len(units)
+    for tensor in job.outputs:
+        if (path := owner_of(tensor.name, block_of)) is not None:
+            sizes[block_of[path]] += tensor.nbytes
+    groups = [group for unit in units for group in linear_groups(job, unit)]
+    decoded = (sum(math.prod(job.modules[path].shape) for path in group) for group in groups)
+    return max(sizes) + max(decoded, default=0) * carrier
 
 
 def _searching(job: Job, largest: int) -> int:

@@ -23,6 +23,7 @@ from jqx.errors import InputError
 from jqx.modelopt_config import KEYS as MODELOPT_KEYS
 from jqx.modelopt_config import from_modelopt
 from jqx.recipes import Recipe, find_kv, find_recipe
+from jqx.selection import config_of
 from jqx.steps import check_steps
 
 OWN = ("name", "kv_cache")
@@ -33,6 +34,19 @@ SUFFIXES = (".yaml", ".yml", ".json")
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe in the file `path`. Raises InputError naming what is wrong in it."""
     return _read(Path(path), ())
+
+
+def recipe_of(given: Any) -> Recipe:
+    """The recipe with this name, or in this file (a path, or text that ends like one), or of this
+    configuration. Raises InputError for what is none of them.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, Path) or (isinstance(given, str) and given.endswith(SUFFIXES)):
+        return read_recipe(given)
+    if isinstance(given, str):
+        return find_recipe(given)
+    return _without_kv(Recipe(name="of this configuration", config=config_of(given)))
 
 
 def write_recipe(recipe: Recipe) -> str:

@@ -17,14 +17,16 @@ import numpy as np
 
 from jqx.algorithms import InputStats
 from jqx.calibration import AffineKV, affine_fold, affine_start, amax, input_amax, never_met
+from jqx.calibration.compressed import observe_compressed
 from jqx.config import KVFormat
 from jqx.errors import InputError
 from jqx.models import BlockKind, Compute, ModelSpec, block, block_prefix, kinds
 from jqx.tensors.paths import unflatten
-from jqx.transforms import Use, observe
+from jqx.transforms import Use
 
 from .chain import embed_rows, side_by_side
 from .collecting import Collecting, readers, wanted_of
+from .compressing import compressed
 from .data import CalibrationSet
 from .device import compute_of
 from .hidden import HiddenStates
@@ -105,7 +107,9 @@ class Runner:
             return maxima, kept
 
         found: list[dict[str, jax.Array]] = []
-        for maxima, kept in side_by_side(call, self._hidden.count):
+        # every call under way decodes weights of its own
+        workers = 1 if self._job.settings.low_memory else None
+        for maxima, kept in side_by_side(call, self._hidden.count, workers):
             found.append(maxima)
             for path in read:
                 collecting.add(path, kept.pop(path.removeprefix(f"{prefix}.")))
@@ -144,16 +148,19 @@ class Runner:
 
 
 def load_block(job: Job, i: int, compute: Compute) -> dict[str, Any]:
-    """The parameters of block `i`, matrices in the dtype that products take, cast once."""
+    """The parameters of block `i`, matrices in the dtype that products take, cast once; with
+    `low_memory` those that will be quantized are stored.
+    """
     assert job.spec is not None
     prefix = block_prefix(job.spec, i) + "."
-    leaves = {}
-    for name in job.inventory.units[job.inventory.blocks[i]]:
-        array = jnp.asarray(read_tensor(job, name))
-        matrix = array.ndim > 1
-        leaves[name.removeprefix(prefix)] = array.astype(compute.carrier) if matrix else array
-        job.checkpoint.release(name)
-    return unflatten(leaves)
+    names = job.inventory.units[job.inventory.blocks[i]]
+    leaves: dict[str, Any] = dict(compressed(job, names)) if job.settings.low_memory else {}
+    for name in names:
+        if name not in leaves:
+            array = jnp.asarray(read_tensor(job, name))
+            leaves[name] = array.astype(compute.carrier) if array.ndim > 1 else array
+            job.checkpoint.release(name)
+    return unflatten({name.removeprefix(prefix): leaf for name, leaf in leaves.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +202,7 @@ def block_step(
         return block(program.spec, program.kind, params, h, positions, program.compute)
 
     positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2])
-    out, found = observe(run, collect)(params, h)
+    out, found = observe_compressed(run, collect)(params, h)
     maxima = {name: part["amax"] for name, part in found.items() if "amax" in part}
     whole = {
         name.removesuffix(".weight"): part["whole"]

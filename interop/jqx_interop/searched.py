@@ -27,9 +27,8 @@ from jqx.tensors import QTensor
 from .choices import input_bound
 from .job import Job
 from .targets import TARGETS
-from .weights import checked_amax, one_scale, read_tensor
+from .weights import Groups, alike, checked_amax, one_scale, read_tensor
 
-Groups = list[tuple[str, ...]]
 Named = tuple[str, np.ndarray]
 Steps = tuple[Algorithm, ...]
 Facts = dict[str, dict[str, float]]
@@ -53,19 +52,33 @@ class Search:
         InputError naming a weight that is not finite, or statistics that do not suffice.
         """
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            for group in self._groups:
-                self._calibrate(group)
-            folded = dict(self._fold_rows())
-            for group in self._groups:
-                self._unify(group)
-            folded |= dict(self._fold_norms())
-            for group in self._groups:
-                self._refine(group)
-                self._finish(group)
-            yield from folded.items()
+            yield from self._settled().items()
             for group in self._groups:
                 for path in group:
                     yield from self._encoded(path)
+
+    def compressed(self) -> Iterator[tuple[str, QTensor]]:
+        """All linears without scales of inputs, where no factors of inputs are chosen."""
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            folded = self._settled()
+            assert not folded, f"factors change {', '.join(folded)}"
+            for group in self._groups:
+                for path in group:
+                    q = self._finished(path)[1]
+                    yield path, q.replace(input_format=self._job.choices[path].input)
+
+    def _settled(self) -> dict[str, np.ndarray]:
+        """Choose everything but codes. Returns the other tensors that change."""
+        for group in self._groups:
+            self._calibrate(group)
+        folded = dict(self._fold_rows())
+        for group in self._groups:
+            self._unify(group)
+        folded |= dict(self._fold_norms())
+        for group in self._groups:
+            self._refine(group)
+            self._finish(group)
+        return folded
 
     def changes(self) -> list[str]:
         """The tensors besides codes that `run` yields, as they are called in the checkpoint."""
@@ -87,7 +100,7 @@ class Search:
             fmt, inputs = self._format(path), self._inputs.get(path, {})
             linear = Linear(jnp.asarray(weights[path]), input_amax=_input_amax(inputs))
             if fmt.tensor_bound is not None and _bounded(self._steps[0]):
-                most = max(amax[p] for p in self._alike(group, path))
+                most = max(amax[p] for p in alike(self._job, group, path))
                 linear = linear._replace(tensor_amax=jnp.asarray(most))
             try:
                 found = calibrated(linear, dict(inputs), fmt=fmt, steps=self._steps[0])
@@ -128,12 +141,14 @@ class Search:
         for path in group:
             linear, fmt = self._linears[path], self._format(path)
             if fmt.tensor_bound is not None and _bounded(self._steps[1]):
-                most = [jnp.max(jnp.abs(self._linears[p].weight)) for p in self._alike(group, path)]
+                most = [
+                    jnp.max(jnp.abs(self._linears[p].weight)) for p in alike(self._job, group, path)
+                ]
                 linear = linear._replace(tensor_amax=jnp.max(jnp.stack(most)).astype(jnp.float32))
             self._linears[path] = linear
             self._met(path, partial(calibrated, fmt=fmt, steps=self._steps[1]))
         for path in group:
-            reach = [self._linears[p].tensor_amax for p in self._alike(group, path)]
+            reach = [self._linears[p].tensor_amax for p in alike(self._job, group, path)]
             known = [amax for amax in reach if amax is not None]
             if self._format(path).tensor_bound is not None and len(known) == len(reach):
                 most = jnp.max(jnp.stack(known))  # the same again for the next of them
@@ -154,15 +169,6 @@ class Search:
         found = change(linear, dict(self._inputs.get(path, {})))
         self._linears[path] = found._replace(pre_quant_scale=kept)
 
-    def _alike(self, group: tuple[str, ...], path: str) -> list[str]:
-        """The members of a group that share scales with `path`, and it."""
-        choices = self._job.choices
-        return [
-            p
-            for p in group
-            if p == path or (self._job.shares(path) and choices[p] == choices[path])
-        ]
-
     def _fold_norms(self) -> Iterator[Named]:
         """Move factors into the norm before; yields its gain and bias."""
         done: dict[str, jax.Array] = {}
@@ -181,21 +187,26 @@ class Search:
                 yield name, np.asarray(gain_scaled(jnp.asarray(read_tensor(self._job, name)), p))
 
     def _encoded(self, path: str) -> Iterator[Named]:
-        job, linear = self._job, self._linears.pop(path)
-        choice, fmt, scale = job.choices[path], self._format(path), None
+        job, choice, scale = self._job, self._job.choices[path], None
+        linear, q = self._finished(path)
         if (bound := input_bound(job.config, choice)) is not None:
             assert linear.input_amax is not None
             row = INPUT_FORMATS[choice.input or ""]
             scale = input_scale(float(linear.input_amax), bound, path, row.code_max)
-        if one_scale(fmt) and fmt.tensor_bound is None and linear.amax is not None:
-            linear = linear._replace(amax=linear.amax.reshape(()))
-        q = _stored(linear._replace(facts={}), fmt=fmt).replace(input_scale=scale)
+        q = q.replace(input_scale=scale)
         self.facts[path] = {k: float(v) for k, v in linear.facts.items() if not np.ndim(v)}
         if job.settings.report:
             self.facts[path] |= self._measured(path, q)
         named = TARGETS[job.settings.target].named(path, q)
         yield from ((name, np.asarray(array)) for name, array in named.items())
         job.checkpoint.release(path + ".weight")
+
+    def _finished(self, path: str) -> tuple[Linear, QTensor]:
+        """A linear that is done, and its codes and scales, without the scale of its inputs."""
+        linear, fmt = self._linears.pop(path), self._format(path)
+        if one_scale(fmt) and fmt.tensor_bound is None and linear.amax is not None:
+            linear = linear._replace(amax=linear.amax.reshape(()))
+        return linear, _stored(linear._replace(facts={}), fmt=fmt)
 
     def _measured(self, path: str, q: QTensor) -> dict[str, float]:
         """How far the outputs of a stored linear are off, and what a report tells of its codes."""

@@ -26,7 +26,9 @@ class Settings:
     `batch_size` sequences at a time (0: chosen); `max_memory`: above it, hidden states live in a
     memory-mapped file; `compute`: "auto", "float32" or "bf16"; `options`: what `--set` changes in
     the recipe; `restart`: throw an unfinished run away; `report`: a new directory for what became
-    of every linear. The errors of outputs are measured then, which needs calibration data.
+    of every linear. The errors of outputs are measured then, which needs calibration data;
+    `low_memory`: blocks are run on weights that are compressed when they are read, which the
+    algorithm "max" alone can do.
     """
 
     kv_cache: str | None = None
@@ -44,6 +46,7 @@ class Settings:
     options: tuple[tuple[str, str], ...] = ()
     restart: bool = False
     report: str | Path | None = None
+    low_memory: bool = False
 
     def check(self) -> None:
         """Raise InputError for numbers, sizes and names that none of these can be."""

@@ -105,7 +105,7 @@ def read_params(
             for part in arrays:
                 source.checkpoint.release(f"{path}.{part}")
         else:
-            leaves[name] = _plain(source, name, cast)
+            leaves[name] = plain(source, name, cast)
         if leaf == "weight":
             for letter in "kv":
                 for extra in (f"{path}.{letter}_scale", f"{path}.{letter}_bias"):
@@ -161,7 +161,8 @@ def _arrays(source: Source, path: str, problems: list[str]) -> Iterator[tuple[st
             yield leaf, array
 
 
-def _plain(source: Source, name: str, cast: DTypeLike | None) -> jax.Array:
+def plain(source: Source, name: str, cast: DTypeLike | None = None) -> jax.Array:
+    """A tensor that is not quantized, in the model's dtype; a matrix in `cast` if given."""
     array = copied(source.checkpoint.read(name).astype(source.dtype, copy=False))
     source.checkpoint.release(name)
     wide = cast is not None and array.ndim > 1

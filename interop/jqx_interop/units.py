@@ -18,8 +18,8 @@ from jqx.calibration import kv_scale
 from .checkpoints import DTYPES, ShardWriter
 from .job import Attention, Job
 from .runner import BlockStats
-from .searched import Facts, Groups, Search
-from .weights import checked_amax, encode_group, read_tensor
+from .searched import Facts, Search
+from .weights import Groups, checked_amax, encode_group, linear_groups, read_tensor
 
 Record = Callable[[dict[str, Any]], None]
 
@@ -42,7 +42,6 @@ class Finisher:
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="jqx-encode")
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="jqx-sync")
         self._closing: list[Future[None]] = []
-        self._groups = {path: group for group in job.inventory.siblings for path in group}
         self._attentions = {attention.unit: attention for attention in job.attentions}
 
     def __enter__(self) -> "Finisher":
@@ -96,21 +95,10 @@ class Finisher:
         """The groups of linears of a unit, and the tensors that are copied unless something is
         folded into them.
         """
-        seen: set[str] = set()
-        inside = set(self._job.inventory.units[unit])
-        groups, others = [], []
-        for name in self._job.inventory.units[unit]:
-            path, _, leaf = name.rpartition(".")
-            if leaf != "weight" or path not in self._job.choices:
-                others.append(name)
-            elif path not in seen:
-                group = self._groups.get(path, (path,))
-                members = tuple(
-                    p for p in group if p + ".weight" in inside and p in self._job.choices
-                )
-                seen.update(members)
-                groups.append(members)
-        return groups, others
+        names = self._job.inventory.units[unit]
+        groups = linear_groups(self._job, names)
+        quantized = {f"{path}.weight" for group in groups for path in group}
+        return groups, [name for name in names if name not in quantized]
 
     def _encode(self, group: tuple[str, ...], stats: BlockStats) -> None:
         self._write(encode_group(self._job, group, stats.inputs))

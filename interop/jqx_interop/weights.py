@@ -5,7 +5,7 @@ Codes and scales are computed on the CPU backend whatever the default device is,
 accelerators is approximate and codes at ties would change.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import jax
@@ -15,12 +15,15 @@ from jqx.algorithms import InputStats, Linear, stored
 from jqx.calibration import input_scale, stored_amax
 from jqx.config import INPUT_FORMATS
 from jqx.errors import InputError
-from jqx.formats import Format, find_format
+from jqx.formats import Format, find_format, with_float_scales
 from jqx.tensors import QTensor
 
 from .choices import input_bound
 from .job import Job
 from .targets import TARGETS
+
+Groups = list[tuple[str, ...]]
+"""Linears that read one input together."""
 
 CHUNK = 1 << 21
 """Values encoded in one call: few enough for a core's cache, and for memory with any matrix."""
@@ -44,30 +47,59 @@ def checked_amax(array: np.ndarray, name: str) -> np.float32:
     return largest
 
 
+def linear_groups(job: Job, names: Iterable[str]) -> Groups:
+    """The quantized linears among the tensors `names`, in their order."""
+    siblings = {path: group for group in job.inventory.siblings for path in group}
+    inside, seen = dict.fromkeys(names), set()
+    groups: Groups = []
+    for name in inside:
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and path in job.choices and path not in seen:
+            group = siblings.get(path, (path,))
+            members = tuple(p for p in group if p + ".weight" in inside and p in job.choices)
+            seen.update(members)
+            groups.append(members)
+    return groups
+
+
+def alike(job: Job, members: tuple[str, ...], path: str) -> list[str]:
+    """Those of `members`, which read one input, that share scales with `path`, and it."""
+    choice = job.choices[path]
+    return [p for p in members if job.shares(path) and job.choices[p] == choice] or [path]
+
+
+def stored_group(job: Job, members: tuple[str, ...]) -> Iterator[tuple[str, QTensor]]:
+    """Linears that read one input, their scales reaching the largest magnitudes, without scales of
+    inputs; tensor scales are shared where the layout says so.
+
+    Raises InputError naming a weight that is not finite.
+    """
+    weights = {path: read_tensor(job, path + ".weight") for path in members}
+    amax = {path: checked_amax(weights[path], path + ".weight") for path in members}
+    for path in members:
+        choice = job.choices[path]
+        fmt = find_format(choice.weight or "")
+        whole = max(amax[p] for p in alike(job, members, path)) if one_scale(fmt) else None
+        yield path, encode_weight(weights[path], fmt, whole).replace(input_format=choice.input)
+        job.checkpoint.release(path + ".weight")
+
+
 def encode_group(
     job: Job, members: tuple[str, ...], inputs: Mapping[str, InputStats]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The named arrays of linears that read one input and whose scales reach the largest
-    magnitudes; tensor scales are shared where the layout says so.
+    """The named arrays of `stored_group`, with scales of inputs that are shared likewise.
 
     `inputs` has the statistics of the linears whose inputs get a stored scale. Raises InputError
     naming a weight that is not finite.
     """
-    weights = {path: read_tensor(job, path + ".weight") for path in members}
-    amax = {path: checked_amax(weights[path], path + ".weight") for path in members}
     named = TARGETS[job.settings.target].named
-    for path in members:
+    for path, q in stored_group(job, members):
         choice = job.choices[path]
-        shared = [p for p in members if job.shares(path) and job.choices[p] == choice] or [path]
-        fmt, scale = find_format(choice.weight or ""), None
         if (bound := input_bound(job.config, choice)) is not None:
             row = INPUT_FORMATS[choice.input or ""]
-            largest = max(float(inputs[p]["amax"]) for p in shared)
-            scale = input_scale(largest, bound, path, row.code_max)
-        whole = max(amax[p] for p in shared) if one_scale(fmt) else None
-        q = encode_weight(weights[path], fmt, whole).replace(input_scale=scale)
+            largest = max(float(inputs[p]["amax"]) for p in alike(job, members, path))
+            q = q.replace(input_scale=input_scale(largest, bound, path, row.code_max))
         yield from ((name, np.asarray(array)) for name, array in named(path, q).items())
-        job.checkpoint.release(path + ".weight")
 
 
 def one_scale(fmt: Format) -> bool:
@@ -77,10 +109,11 @@ def one_scale(fmt: Format) -> bool:
 
 def encode_weight(w: np.ndarray, fmt: Format, whole: np.float32 | None) -> QTensor:
     """`w` [n, k] stored in `fmt` with scales that reach the largest magnitudes, computed on the CPU
-    in slices of rows when it is large. `whole`: what the scale of the whole tensor reaches.
+    in slices of rows when it is large and their scales have nothing in common. `whole`: what the
+    scale of the whole tensor reaches.
     """
     n, k = w.shape
-    rows = max(CHUNK // k // 128, 1) * 128
+    rows = max(CHUNK // k // 128, 1) * 128 if with_float_scales(fmt) == fmt else n
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if n <= rows:
             return _encode(w, whole, fmt=fmt)

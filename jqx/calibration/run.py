@@ -22,6 +22,7 @@ from jqx.transforms.observe import record
 from jqx.transforms.placing import entry
 from jqx.transforms.primitives import PRIMITIVES
 
+from .compressed import apart
 from .uses import REDUCTIONS
 
 Wanted = Mapping[str, tuple[str, ...]]
@@ -50,16 +51,20 @@ def calibrate(
     parameters and batches keep their shardings. `Stats.meta` tells how the function uses each
     parameter (`axes`), which are not followed (`untracked`), and which activations have names.
 
+    `params` may hold QTensors: their decoded weights are run, with inputs as they are, and
+    `jqx.quantize` then adds the scales of their inputs.
+
     Raises InputError if there are no batches, if they differ in structure, if `params` does not fit
-    `apply_fn`, for a rule that matches nothing, and for NaN or infinite activations (path and
-    batch).
+    `apply_fn`, for a rule that matches nothing, for a QTensor whose inputs are scaled first, and
+    for NaN or infinite activations (path and batch).
     """
     config = None if cfg is None else config_of(cfg)
     statistics = _known_kinds(statistics)
     first, batches = _first(batches)
+    shapes, _ = apart(params)
     with _naming(0, first):
-        seen = record(apply_fn, params, first)
-    found = axes_from(seen, {n: tuple(x.shape) for n, x in named_arrays(params).items()})
+        seen = record(apply_fn, shapes, first)
+    found = axes_from(seen, {n: tuple(x.shape) for n, x in named_arrays(shapes).items()})
     names = names_of(seen)
     wanted = _wanted(config, found, names)
     if statistics is not None:
@@ -181,8 +186,9 @@ def _reduced(
         return entry(met, found, 0, walk.stacks, each=True) if found else None
 
     def reduced(mine: list[Any], arrays: list[Any]) -> dict[str, dict[str, Any]]:
-        walk = Walk(PRIMITIVES, Acts(collect=collect, merge=_merge_kinds))
-        return interpret(apply_fn, walk, with_params(mine), with_batch(arrays))[1]
+        shapes, stored = apart(with_params(mine))
+        walk = Walk(PRIMITIVES, Acts(collect=collect, merge=_merge_kinds), stored=stored)
+        return interpret(apply_fn, walk, shapes, with_batch(arrays))[1]
 
     return reduced
 

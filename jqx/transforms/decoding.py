@@ -8,11 +8,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float
 
 from jqx.tensors import QTensor
 
 from .entries import vary, varying
+
+
+def is_stored(x: Any) -> bool:
+    """Whether a leaf is a QTensor."""
+    return isinstance(x, QTensor)
+
+
+def abstract(q: QTensor) -> jax.ShapeDtypeStruct:
+    """The array it stands for, with all that types tell on a mesh with explicit or manual axes."""
+    kinds = set(jax.typeof(q.codes).sharding.mesh.axis_types or ())
+    if kinds & {AxisType.Explicit, AxisType.Manual}:
+        return jax.eval_shape(QTensor.decode, q)
+    return jax.ShapeDtypeStruct(q.shape, q.dtype)
 
 
 def dense(data: Any) -> Any:

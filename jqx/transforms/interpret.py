@@ -74,7 +74,8 @@ class Met(NamedTuple):
     weight. `view`: how `w` lies in the parameter. `batch`: the axes of `x` that meet a member each,
     and the pieces of the parameter they run over. `groups`: of a ragged_dot, how many rows of `x`
     meet each member, which lie one after another along the axis `ragged`. `summed`: the pieces of
-    the parameter that each of `use.activation_axes` runs over.
+    the parameter that each of `use.activation_axes` runs over. `first`: of a dot, whether the
+    parameter is the first operand; `stored`: what `w` was decoded from, if anything.
     """
 
     use: Use
@@ -87,6 +88,8 @@ class Met(NamedTuple):
     groups: Any = None
     ragged: int = 0
     summed: tuple[Pieces, ...] = ()
+    first: bool = False
+    stored: QTensor | None = None
 
     @property
     def whole(self) -> bool:
@@ -96,10 +99,13 @@ class Met(NamedTuple):
 
 
 class Value(NamedTuple):
-    """An array, its tracer, or the QTensor that holds it, and where it comes from."""
+    """An array, its tracer, or the QTensor that holds it, and where it comes from. `stored`: the
+    QTensor that the array was decoded from, if any.
+    """
 
     data: Any
     origin: Origin
+    stored: QTensor | None = None
 
 
 PRODUCTS = ("dot", "ragged_dot", "conv")
@@ -199,7 +205,7 @@ class Walk:
         """The results of an equation; operands are decoded unless it has a jaxpr inside."""
         stored = any(isinstance(v.data, QTensor) for v in ins)
         if stored and not any(True for _ in jex.jaxprs_in_params(eqn.params)):
-            ins = [v._replace(data=decoded_after(latest, v.data)) for v in ins]
+            ins = [_decoded(v, latest) for v in ins]
         return self.rules.get(eqn.primitive.name, plain)(self, eqn, ins)
 
     def meet(self, met: Met) -> Any:
@@ -234,6 +240,13 @@ class Walk:
                     self.record.uses.setdefault(Use(path, "elementwise"))
                 else:
                     self.record.untracked.setdefault(path)
+
+
+def _decoded(value: Value, latest: Any) -> Value:
+    """The array that is stored in `value`, with what it was decoded from."""
+    if not isinstance(value.data, QTensor):
+        return value
+    return Value(decoded_after(latest, value.data), value.origin, value.data)
 
 
 def _orders(value: Value) -> bool:

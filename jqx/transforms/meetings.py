@@ -107,7 +107,8 @@ def _met_in_dot(eqn: Any, ins: list[Value], at: int) -> Met | None:
         if any(p.axis in use.stack_axes for p in view.axes[b])
     ]
     summed = _summed(view, dims, use)
-    return Met(use, x.data, w.data, apply, x.origin.active, view, tuple(members), summed=summed)
+    met = Met(use, x.data, w.data, apply, x.origin.active, view, tuple(members), summed=summed)
+    return met._replace(first=at == 0, stored=w.stored)
 
 
 def _summed(view: View, dims: Sequence[tuple[int, int]], use: Use) -> tuple[Pieces, ...]:
@@ -276,7 +277,7 @@ def _chosen(eqn: Any, ins: list[Value], view: View, i: int) -> list[Value]:
 
 def name(walk: Walk, eqn: Any, ins: list[Value]) -> list[Value]:
     """A value the function gave a name is met under that name, unless it is made of parameters."""
-    x, origin = ins[0]
+    x, origin = ins[0].data, ins[0].origin
     if origin.paths:
         return [Value(evaluate(eqn, [x])[0], origin)]
     use = Use(eqn.params["name"], "name")

@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
 from jaxtyping import Array
 
 from jqx.errors import InputError
-from jqx.tensors import QTensor
 from jqx.tensors.paths import leaf_names
 
+from .decoding import abstract, is_stored
 from .inputs import check_all_met, treated, treatment_of
 from .interpret import PRODUCTS, Acts, Met, Record, Walk, interpret
 from .low_rank import check_lookup, low_rank_product
 from .primitives import PRIMITIVES
+from .products import has_kernels, kernel_product
 
 Named = Mapping[str, Callable[[Array], Array]]
 Product = Callable[[Met], Array | None]
@@ -30,6 +30,7 @@ def quantized(
     named: Named | None = None,
     product: Product | None = None,
     settle: Callable[[Array], Array] | None = None,
+    implementation: str | None = None,
 ) -> Callable[..., Any]:
     """The function `(params, *args) -> f(dense params, *args)` for `params` with QTensor leaves.
 
@@ -41,7 +42,9 @@ def quantized(
     return takes the activation's place. `product` may compute the product of an activation and a
     parameter, stored or not, in its own way; where it returns None the operation is as in `f`.
     `settle` is applied to quantized inputs, as `f` does to the results of its own operations where
-    it rounds them: without it they have the precision of their dtype.
+    it rounds them: without it they have the precision of their dtype. `implementation`: the one of
+    `jqx_kernels.matmul` for products of activations with one stored matrix each; without it GPUs
+    and TPUs use the first that can do it, and CPUs multiply the decoded matrix.
 
     Weights are decoded, in their own dtype, where `f` is run: call it inside `jit`, where a decoded
     weight lives as long as its product, and of a stack that `f` scans over or indexes one member.
@@ -59,11 +62,11 @@ def quantized(
     settled = (lambda x: x) if settle is None else settle
 
     def run(params: Any, *args: Any) -> Any:
-        leaves, structure = jax.tree.flatten(params, is_leaf=_is_stored)
-        if not named and product is None and not any(map(_is_stored, leaves)):
+        leaves, structure = jax.tree.flatten(params, is_leaf=is_stored)
+        if not named and product is None and not any(map(is_stored, leaves)):
             return f(params, *args)
-        shapes = structure.unflatten([_abstract(x) if _is_stored(x) else x for x in leaves])
-        stored = {n: x for n, x in zip(leaf_names(shapes), leaves, strict=True) if _is_stored(x)}
+        shapes = structure.unflatten([abstract(x) if is_stored(x) else x for x in leaves])
+        stored = {n: x for n, x in zip(leaf_names(shapes), leaves, strict=True) if is_stored(x)}
         ways = {name: treatment_of(name, q) for name, q in stored.items()}
         treatments = {name: way for name, way in ways.items() if way is not None}
 
@@ -76,31 +79,22 @@ def quantized(
             if met.use.op not in PRODUCTS or not met.active:
                 return None
             x = met.x if treatment is None else settled(treated(treatment, met))
-            out = None if product is None else product(met._replace(x=x))
+            now = met._replace(x=x)
+            out = None if product is None else product(now)
+            out = kernel_product(now, implementation) if out is None else out
             out = met.apply(x, met.w) if out is None else out
             if treatment is None or treatment.low_rank is None:
                 return out
             return out + low_rank_product(treatment, met, settled)
 
         walk = Walk(PRIMITIVES, Acts(change=change), stored=stored, beside=treatments)
-        out, _ = interpret(f, walk, shapes, args, None if product else treatments)
+        all_met = product is not None or has_kernels(implementation)
+        out, _ = interpret(f, walk, shapes, args, None if all_met else treatments)
         check_all_met(walk.record, treatments)
         _check_names(walk.record, named)
         return out
 
     return run
-
-
-def _is_stored(x: Any) -> bool:
-    return isinstance(x, QTensor)
-
-
-def _abstract(q: QTensor) -> jax.ShapeDtypeStruct:
-    """The array it stands for, with all that types tell on a mesh with explicit or manual axes."""
-    kinds = set(jax.typeof(q.codes).sharding.mesh.axis_types or ())
-    if kinds & {AxisType.Explicit, AxisType.Manual}:
-        return jax.eval_shape(QTensor.decode, q)
-    return jax.ShapeDtypeStruct(q.shape, q.dtype)
 
 
 def _check_names(record: Record, named: Named) -> None:

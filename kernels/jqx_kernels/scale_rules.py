@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, UInt8
 
-from .bits import INFINITY, bits, divide, e4m3_code, e4m3_value, from_bits
+from .bits import INFINITY, bits, divide, e4m3_code, e4m3_value, e8m0_value, from_bits
 
 TINY = 2.0**-126
 """The smallest scale: smaller ones are read as zero by XLA and most engines."""
@@ -90,3 +90,11 @@ def _half_spacing(k: Int32[Array, "*s"]) -> Float32[Array, "*s"]:
         k < 0, b - 1, b
     )  # towards zero the spacing below a power of two is the smaller one
     return from_bits(b & INFINITY) * jnp.float32(0.5)
+
+
+STEPS: dict[str, Callable[[Array, Float32[Array, ""]], Float32[Array, "..."]]] = {
+    "float32": lambda scale, outer: scale,
+    "e4m3": lambda scale, outer: e4m3_value(scale) * outer,
+    "e8m0": lambda scale, outer: e8m0_value(scale),
+}
+"""Kind of scale -> (stored scales, tensor scale) -> what codes are multiplied by, elementwise."""

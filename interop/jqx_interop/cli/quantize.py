@@ -103,6 +103,14 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
     max_memory: Annotated[
         str, typer.Option(help="Hidden states larger than this go to disk.", rich_help_panel=HOW)
     ] = "4GiB",
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="Compress weights before calibration: a smaller peak, for the algorithm max.",
+            rich_help_panel=HOW,
+        ),
+    ] = False,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file.", rich_help_panel=HOW)
     ] = "10GB",
@@ -156,6 +164,7 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         options=tuple(_pair(text) for text in set_ or ()),
         restart=restart,
         report=report,
+        low_memory=low_memory,
     )
     job = prepare(model, read_recipe(recipe) if recipe else qformat, settings)
     inputs = load_inputs(job)

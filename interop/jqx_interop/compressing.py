@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that are compressed as they are read: of the full-precision model one group of linears is
+there at a time.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jqx.algorithms.table import needed
+from jqx.config import QuantConfig
+from jqx.errors import InputError
+from jqx.formats import find_format
+from jqx.models import param_shapes
+from jqx.recipes import Recipe
+from jqx.tensors import QTensor
+from jqx.tensors.paths import unflatten
+
+from .job import Job, decide
+from .recipe_files import recipe_of
+from .searched import Search
+from .settings import Settings
+from .stored import Source, copied, plain
+from .weights import linear_groups, stored_group
+
+
+def read_compressed(
+    model: str | Path, recipe: str | Path | Recipe | QuantConfig
+) -> tuple[Source, dict[str, Any]]:
+    """The plain checkpoint `model` and its parameters, a nested tree in which what `recipe` selects
+    is stored as it says, without scales of inputs. Codes and scales of weights are those that `ptq`
+    writes.
+
+    Raises InputError for what cannot be read or is quantized already, and for a recipe that needs
+    calibration for more than scales of inputs.
+    """
+    job = decide(model, recipe_of(recipe), Settings(), in_memory=True)
+    assert job.spec is not None
+    _refuse_calibrated(job)
+    spec = replace(job.spec, kv_cache=job.kv)
+    source = Source(checkpoint=job.checkpoint, spec=spec, choices={}, dtype=job.dtype)
+    names = tuple(param_shapes(spec))
+    leaves: dict[str, Any] = dict(compressed(job, names))
+    leaves |= {name: plain(source, name) for name in names if name not in leaves}
+    return source, unflatten(leaves)
+
+
+def compressed(job: Job, names: Iterable[str]) -> Iterator[tuple[str, QTensor]]:
+    """The weights among the tensors `names` that a job quantizes, stored, on the default device."""
+    searched = any(step.method != "max" for step in job.config.steps)
+    for group in linear_groups(job, names):
+        found = Search(job, [group], {}).compressed() if searched else stored_group(job, group)
+        for path, q in found:
+            yield f"{path}.weight", jax.tree.map(lambda leaf: copied(np.asarray(leaf)), q)
+            job.checkpoint.release(path + ".weight")
+
+
+def _refuse_calibrated(job: Job) -> None:
+    """Raise InputError for a job that chooses codes, or scales of the cache, by what it meets."""
+    way_out = "quantize with jqx quantize (ji.ptq) and load what it writes"
+    formats = dict.fromkeys(choice.weight or "" for choice in job.choices.values())
+    steps = [s for s in job.config.steps if any(needed((s,), find_format(f)) for f in formats)]
+    if steps:
+        raise InputError(
+            f"recipe {job.recipe.name}: {', '.join(step.method for step in steps)} needs "
+            f"calibration data, and weights are compressed here before any is met: {way_out}, or "
+            "take a recipe with the algorithm max"
+        )
+    if job.needs_kv:
+        raise InputError(
+            f"recipe {job.recipe.name}: keys and values in {job.kv} need scales, and none are "
+            f"known when weights are read: {way_out}, or take a recipe without a KV cache format"
+        )
