@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel compiled for devices that are not here, by their own compilers, which the extras "gpu" and
-"tpu" install.
+"""Every kernel compiled for devices that are not here, by their own compilers. The extras "gpu" and
+"tpu" install these.
 """
 
 import importlib.util
