@@ -74,7 +74,23 @@ def check_any_model(printed):
     assert "Conv_0.kernel (3, 3, 1, 16) has 9 inputs" in printed
 
 
+def check_kernels(printed):
+    """Errors fall with bits, and every implementation means the same."""
+    errors = dict(re.findall(r"^(\w+) +[\d.]+ bits +error ([\d.]+)$", printed, re.MULTILINE))
+    error = {name: float(value) for name, value in errors.items()}
+    assert error["int8"] < error["fp8"] < error["nvfp4"] < error["nf4"] < error["int4"]
+    assert re.search(r"^triton +triton: needs a CUDA GPU", printed, re.MULTILINE)
+    assert re.search(r"^reference +runs here$", printed, re.MULTILINE)
+    away = re.findall(r"^product +\w+ +largest difference ([\d.]+)$", printed, re.MULTILINE)
+    assert len(away) == 3
+    assert all(float(value) < 2**-7 for value in away)
+    assert len(re.findall(r"^encoding +\w+ +equal: True$", printed, re.MULTILINE)) == 2
+    assert len(re.findall(r"^\w+ +[\d.]+ ms$", printed, re.MULTILINE)) == 4
+    assert "bytes instead of 2,097,152" in printed
+
+
 CHECKS = {
     "01_quantize_and_export.ipynb": check_export,
     "02_any_jax_model.ipynb": check_any_model,
+    "03_kernels.ipynb": check_kernels,
 }
