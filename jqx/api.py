@@ -75,7 +75,7 @@ def quantize(
 
 def compress(
     params: Any,
-    patterns: Mapping[str, bool] | None = None,
+    patterns: Any = None,
     *,
     config: QuantConfig | str,
     stats: Stats | None = None,
@@ -84,10 +84,10 @@ def compress(
     """`params` with those weights that `config` selects and `patterns` say yes to as QTensors whose
     scales reach the largest magnitudes: for models that do not fit otherwise.
 
-    `patterns`: globs as in rules -> bool, the last match wins, no match is no; None: all. `axes` as
-    in `quantize`. Without `stats` stored scales of inputs are left out, and found in each
-    activation, until `quantize` adds them: `stats = jqx.calibrate(apply_fn, compressed, batches,
-    config)`, then `jqx.quantize(compressed, config, stats)`.
+    `patterns`: a mapping of globs, as in rules, to bool; the last match wins, no match is no; None:
+    all. `axes` as in `quantize`. Without `stats` stored scales of inputs are left out, and found in
+    each activation, until `quantize` adds them: `stats = jqx.calibrate(apply_fn, compressed,
+    batches, config)`, then `jqx.quantize(compressed, config, stats)`.
 
     Raises InputError as `quantize` does; for an algorithm other than "max"; for patterns that are
     none or match nothing.

@@ -14,9 +14,7 @@ from .selection import kinds
 from .transforms import Axes
 
 
-def picked(
-    patterns: Mapping[str, bool], config: QuantConfig, seen: Mapping[str, Axes]
-) -> list[str]:
+def picked(patterns: Any, config: QuantConfig, seen: Mapping[str, Axes]) -> list[str]:
     """The parameters to whose weights `config` gives a format and the last of `patterns` that
     matches says yes, in the order of `seen`.
 

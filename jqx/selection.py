@@ -47,7 +47,7 @@ RECIPE_RULES = {rule for recipe in RECIPES.values() for rule in recipe.config.ru
 """Rules for many families: of these some match nothing in any one model."""
 
 
-def config_of(cfg: QuantConfig | str | Mapping[str, Any]) -> QuantConfig:
+def config_of(cfg: Any) -> QuantConfig:
     """A configuration, or that of the recipe with this name, of ModelOpt's dictionary, or of what
     `to_json` writes. Raises InputError for another name or another type, of it or of something in
     it.

@@ -12,11 +12,9 @@ import jax
 import numpy as np
 
 from jqx.algorithms.table import needed
-from jqx.config import QuantConfig
 from jqx.errors import InputError
 from jqx.formats import find_format
 from jqx.models import param_shapes
-from jqx.recipes import Recipe
 from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
 
@@ -28,9 +26,7 @@ from .stored import Source, copied, plain
 from .weights import linear_groups, stored_group
 
 
-def read_compressed(
-    model: str | Path, recipe: str | Path | Recipe | QuantConfig
-) -> tuple[Source, dict[str, Any]]:
+def read_compressed(model: str | Path, recipe: Any) -> tuple[Source, dict[str, Any]]:
     """The plain checkpoint `model` and its parameters, a nested tree in which what `recipe` selects
     is stored as it says, without scales of inputs. Codes and scales of weights are those that `ptq`
     writes.

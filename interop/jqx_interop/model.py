@@ -9,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jqx.config import QuantConfig
 from jqx.models import ModelSpec, param_shapes
 from jqx.models.linen import CausalLM
-from jqx.recipes import Recipe
 
 from .compressing import read_compressed
 from .stored import open_model, read_params
@@ -46,7 +44,7 @@ class Model:
         return self.module.apply(variables, jnp.asarray(ids, jnp.int32))  # pyright: ignore[reportReturnType]
 
 
-def load(model: str | Path, quantize: str | Path | Recipe | QuantConfig | None = None) -> Model:
+def load(model: str | Path, quantize: Any = None) -> Model:
     """Read a whole checkpoint into memory, in the dtype its configuration names.
 
     Quantized weights stay as they are stored, and run as their formats say. With `quantize` (the
