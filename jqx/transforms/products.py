@@ -16,13 +16,19 @@ from jqx.errors import InputError
 from jqx.formats import Format, step_of, with_float_scales
 from jqx.tensors import QTensor
 from jqx_kernels.dispatch import Unsupported, current_device
-from jqx_kernels.matmul import matmul
 from jqx_kernels.storage import Storage
 
 from .interpret import Met
 
 NARROW = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 """Activations that kernels are for; of others every number is more work than a weight."""
+
+
+def matmul(*args: Any, **how: Any) -> Array:
+    """`jqx_kernels.matmul.matmul`, imported where it is needed: Pallas takes a while."""
+    from jqx_kernels.matmul import matmul as kernel
+
+    return kernel(*args, **how)
 
 
 def storage_of(fmt: Format) -> Storage:
