@@ -24,9 +24,10 @@ from jqx.formats import FORMATS
 from jqx.leaves import check_floats, faked_leaf, known_amax, stored_leaf
 from jqx.patterns import picked
 from jqx.selection import check_rules, choose, config_of, kept
-from jqx.tensors import QTensor, Stats
+from jqx.tensors import Stats
 from jqx.tensors.paths import named_leaves
 from jqx.transforms.axes import Axes, axes_from, axes_from_json, axes_given
+from jqx.transforms.decoding import is_stored
 from jqx.transforms.fake import with_fakes
 from jqx.transforms.interpret import named_arrays
 from jqx.transforms.observe import record
@@ -61,8 +62,8 @@ def quantize(
     """
     config = config_of(cfg)
     _check_stats(stats)
-    leaves = named_leaves(params, _is_stored)
-    structure = jax.tree.structure(params, is_leaf=_is_stored)
+    leaves = named_leaves(params, is_stored)
+    structure = jax.tree.structure(params, is_leaf=is_stored)
     arrays = _by_name(leaves)
     seen = _seen(arrays, stats, axes)
     chosen = choose(config, seen, stats.meta.get("names", ()) if stats else ())
@@ -99,7 +100,7 @@ def compress(
             'take jqx.quantize, or a configuration with algorithm="max"'
         )
     _check_stats(stats)
-    seen = _seen(_by_name(named_leaves(params, _is_stored)), stats, axes)
+    seen = _seen(_by_name(named_leaves(params, is_stored)), stats, axes)
     check_rules(config, seen, stats.meta.get("names", ()) if stats else [])
     wanted = picked({"*": True} if patterns is None else patterns, config, seen)
     narrowed = replace(
@@ -112,8 +113,8 @@ def compress(
 
 def dequantize(params: Any) -> Any:
     """`params` with every QTensor as the array it stands for, in its own dtype."""
-    decode = lambda x: x.decode() if _is_stored(x) else x  # noqa: E731
-    return jax.tree.map(decode, params, is_leaf=_is_stored)
+    decode = lambda x: x.decode() if is_stored(x) else x  # noqa: E731
+    return jax.tree.map(decode, params, is_leaf=is_stored)
 
 
 def fake_quantized(
@@ -186,10 +187,6 @@ def kv_rounding(cfg: QuantConfig | str, stats: Stats) -> dict[str, Callable[[Any
 
     named = kept(config_of(cfg), stats.meta.get("names", ()))
     return {name: rounding(name, kv) for name, kv in named.items()}
-
-
-def _is_stored(x: Any) -> bool:
-    return isinstance(x, QTensor)
 
 
 def _by_name(leaves: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,12 +17,11 @@ import numpy as np
 
 from jqx.algorithms import InputStats
 from jqx.calibration import AffineKV, affine_fold, affine_start, amax, input_amax, never_met
-from jqx.calibration.compressed import observe_compressed
 from jqx.config import KVFormat
 from jqx.errors import InputError
 from jqx.models import BlockKind, Compute, ModelSpec, block, block_prefix, kinds
 from jqx.tensors.paths import unflatten
-from jqx.transforms import Use
+from jqx.transforms import Use, observe
 
 from .chain import embed_rows, side_by_side
 from .collecting import Collecting, readers, wanted_of
@@ -202,7 +201,7 @@ def block_step(
         return block(program.spec, program.kind, params, h, positions, program.compute)
 
     positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2])
-    out, found = observe_compressed(run, collect)(params, h)
+    out, found = observe(run, collect)(params, h)
     maxima = {name: part["amax"] for name, part in found.items() if "amax" in part}
     whole = {
         name.removesuffix(".weight"): part["whole"]

@@ -16,13 +16,13 @@ from jqx.errors import InputError, nearest
 from jqx.selection import choose, config_of, kept, kinds, wanted_kinds
 from jqx.tensors.stats import MERGES, Stats, kind_of
 from jqx.transforms.axes import Axes, axes_from, names_of
+from jqx.transforms.decoding import split_to_observe
 from jqx.transforms.entries import Entry
 from jqx.transforms.interpret import PRODUCTS, Acts, Met, Walk, arrays_of, interpret, named_arrays
 from jqx.transforms.observe import record
 from jqx.transforms.placing import entry
 from jqx.transforms.primitives import PRIMITIVES
 
-from .compressed import apart
 from .uses import REDUCTIONS
 
 Wanted = Mapping[str, tuple[str, ...]]
@@ -61,7 +61,7 @@ def calibrate(
     config = None if cfg is None else config_of(cfg)
     statistics = _known_kinds(statistics)
     first, batches = _first(batches)
-    shapes, _ = apart(params)
+    shapes, _ = split_to_observe(params)
     with _naming(0, first):
         seen = record(apply_fn, shapes, first)
     found = axes_from(seen, {n: tuple(x.shape) for n, x in named_arrays(shapes).items()})
@@ -186,7 +186,7 @@ def _reduced(
         return entry(met, found, 0, walk.stacks, each=True) if found else None
 
     def reduced(mine: list[Any], arrays: list[Any]) -> dict[str, dict[str, Any]]:
-        shapes, stored = apart(with_params(mine))
+        shapes, stored = split_to_observe(with_params(mine))
         walk = Walk(PRIMITIVES, Acts(collect=collect, merge=_merge_kinds), stored=stored)
         return interpret(apply_fn, walk, shapes, with_batch(arrays))[1]
 

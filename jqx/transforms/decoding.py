@@ -11,7 +11,9 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float
 
+from jqx.errors import InputError
 from jqx.tensors import QTensor
+from jqx.tensors.paths import leaf_names
 
 from .entries import vary, varying
 
@@ -27,6 +29,34 @@ def abstract(q: QTensor) -> jax.ShapeDtypeStruct:
     if kinds & {AxisType.Explicit, AxisType.Manual}:
         return jax.eval_shape(QTensor.decode, q)
     return jax.ShapeDtypeStruct(q.shape, q.dtype)
+
+
+def split(params: Any) -> tuple[Any, dict[str, QTensor]]:
+    """`params` with the shapes of arrays in place of its QTensors, and these by name: what
+    `interpret` takes, with the latter as `Walk.stored`.
+    """
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_stored)
+    if not any(map(is_stored, leaves)):
+        return params, {}
+    shapes = structure.unflatten([abstract(x) if is_stored(x) else x for x in leaves])
+    named = zip(leaf_names(shapes), leaves, strict=True)
+    return shapes, {name: x for name, x in named if is_stored(x)}
+
+
+def split_to_observe(params: Any) -> tuple[Any, dict[str, QTensor]]:
+    """`split` for a function that runs on decoded weights, with inputs as they are.
+
+    Raises InputError for a QTensor that changes its inputs before they are rounded.
+    """
+    shapes, stored = split(params)
+    for name, q in stored.items():
+        if q.pre_quant_scale is not None or q.low_rank is not None:
+            beside = "a low-rank part" if q.pre_quant_scale is None else "a pre_quant_scale"
+            raise InputError(
+                f"{name} is quantized with {beside}, which was chosen with its inputs: give dense "
+                "parameters to calibrate (jqx.dequantize)"
+            )
+    return shapes, stored
 
 
 def dense(data: Any) -> Any:

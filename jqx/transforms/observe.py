@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jqx.errors import InputError
-from jqx.tensors import QTensor
 from jqx.tensors.paths import named_leaves
 
+from .decoding import is_stored, split_to_observe
 from .entries import Entry
 from .interpret import Acts, Met, Record, Use, Walk, arrays_of, interpret
 from .placing import entry
@@ -43,11 +43,12 @@ def observe(
     not reached has it.
 
     The output is what `f` computes, the same operations in the same order. Jit the result, as you
-    would jit `f`.
+    would jit `f`. Where `params` has QTensors `f` runs on what they stand for, and inputs are met
+    as they are, before any rounding.
 
-    Raises InputError if two uses of one path collect arrays of different shapes, and where the
-    result is differentiated through a function with a gradient of its own that a parameter is used
-    in.
+    Raises InputError for a QTensor whose inputs are scaled first, if two uses of one path collect
+    arrays of different shapes, and where the result is differentiated through a function with a
+    gradient of its own that a parameter is used in.
     """
 
     def taken(met: Met, walk: Walk) -> Entry | None:
@@ -56,8 +57,9 @@ def observe(
         return None if what is None else entry(met, what, neutral, walk.stacks)
 
     def observed(params: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
+        shapes, stored = split_to_observe(params)
         acts = Acts(collect=taken, merge=partial(jax.tree.map, merge), neutral=neutral)
-        return interpret(f, Walk(PRIMITIVES, acts), params, args)
+        return interpret(f, Walk(PRIMITIVES, acts, stored=stored), shapes, args)
 
     return observed
 
@@ -82,9 +84,8 @@ def record(f: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Record:
     """All that tracing `f` tells. Nothing is computed. Raises InputError for a QTensor among
     `params`.
     """
-    stored = lambda x: isinstance(x, QTensor)  # noqa: E731
-    for path, x in named_leaves(params, stored):
-        if stored(x):
+    for path, x in named_leaves(params, is_stored):
+        if is_stored(x):
             raise InputError(f"{path} is quantized: give dense parameters here (jqx.dequantize)")
     walk = Walk(PRIMITIVES)
     arrays, rebuild = arrays_of((params, args))

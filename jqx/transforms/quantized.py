@@ -8,13 +8,11 @@ matrix product multiplies the decoded weight with the activation as its linear q
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from jaxtyping import Array
 
 from jqx.errors import InputError
-from jqx.tensors.paths import leaf_names
 
-from .decoding import abstract, is_stored
+from .decoding import split
 from .inputs import check_all_met, treated, treatment_of
 from .interpret import PRODUCTS, Acts, Met, Record, Walk, interpret
 from .low_rank import check_lookup, low_rank_product
@@ -62,11 +60,9 @@ def quantized(
     settled = (lambda x: x) if settle is None else settle
 
     def run(params: Any, *args: Any) -> Any:
-        leaves, structure = jax.tree.flatten(params, is_leaf=is_stored)
-        if not named and product is None and not any(map(is_stored, leaves)):
+        shapes, stored = split(params)
+        if not named and product is None and not stored:
             return f(params, *args)
-        shapes = structure.unflatten([abstract(x) if is_stored(x) else x for x in leaves])
-        stored = {n: x for n, x in zip(leaf_names(shapes), leaves, strict=True) if is_stored(x)}
         ways = {name: treatment_of(name, q) for name, q in stored.items()}
         treatments = {name: way for name, way in ways.items() if way is not None}
 

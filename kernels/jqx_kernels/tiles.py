@@ -6,7 +6,7 @@ Zeros fill what is missing. They change no largest magnitude, and what they beco
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -163,3 +163,20 @@ def unknown_dtype(dtype: jnp.dtype) -> str | None:
     """Why kernels do not read or write matrices of this dtype; None if they do."""
     known = ("bfloat16", "float16", "float32")
     return None if dtype.name in known else f"knows {', '.join(known)}, not {dtype.name}"
+
+
+def no_kernel(request: Any, elsewhere: str | None) -> str | None:
+    """Why a kernel that works on tiles cannot do a request to encode or decode; None if it can.
+    `elsewhere`: why it does not run on the device, which does not matter where it is interpreted.
+    """
+    return (
+        (None if request.interpret else elsewhere)
+        or unknown_dtype(request.dtype)
+        or misfit(request.storage, request.shape)
+        or no_tile(request.storage, request.shape)
+    )
+
+
+def no_storage(device: Device, request: Any) -> str | None:
+    """Why the storage of a request does not fit its matrix, whatever computes it."""
+    return misfit(request.storage, request.shape)

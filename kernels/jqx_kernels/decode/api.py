@@ -8,9 +8,10 @@ from jaxtyping import Array, Float, Float32, UInt8
 from jqx_kernels.dispatch import Device, Implementation, Table, find_implementation
 from jqx_kernels.packing import unpacked_shape
 from jqx_kernels.storage import Storage
+from jqx_kernels.tiles import no_storage
 
 from . import gpu, reference, tpu, xla
-from .request import DecodeRequest, no_storage
+from .request import DecodeRequest
 
 DECODE: Table = (
     Implementation(name="triton", run=gpu.decode, lacks=gpu.lacks),

@@ -21,24 +21,18 @@ from jqx_kernels.tiles import (
     gpu_block,
     gpu_tile,
     no_gpu,
-    no_tile,
+    no_kernel,
     row_grid,
     shrink,
     stretch,
-    unknown_dtype,
 )
 
-from .request import DecodeRequest, no_storage
+from .request import DecodeRequest
 
 
 def lacks(device: Device, request: DecodeRequest) -> str | None:
     """Why `decode` cannot do it."""
-    return (
-        (None if request.interpret else no_gpu(device))
-        or unknown_dtype(request.dtype)
-        or no_storage(device, request)
-        or no_tile(request.storage, request.shape)
-    )
+    return no_kernel(request, no_gpu(device))
 
 
 def decode(

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a stored matrix before it is decoded, and what no implementation can do."""
+"""What is known of a stored matrix before it is decoded."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jqx_kernels.dispatch import Device
 from jqx_kernels.storage import Storage
-from jqx_kernels.tiles import misfit
 
 
 class DecodeRequest(NamedTuple):
@@ -28,8 +26,3 @@ class DecodeRequest(NamedTuple):
     def __str__(self) -> str:
         """As errors name it."""
         return f"{self.storage} to a {self.dtype.name} matrix {list(self.shape)}"
-
-
-def no_storage(device: Device, request: DecodeRequest) -> str | None:
-    """Why the storage does not fit the matrix, whatever computes it."""
-    return misfit(request.storage, request.shape)

@@ -18,7 +18,7 @@ from jqx_kernels.tiles import (
     SHIFTS,
     Tile,
     filled,
-    no_tile,
+    no_kernel,
     no_tpu,
     padded,
     row_grid,
@@ -26,22 +26,15 @@ from jqx_kernels.tiles import (
     stretch,
     tpu_block,
     tpu_tile,
-    unknown_dtype,
     wide_block,
 )
 
-from .request import DecodeRequest, no_storage
+from .request import DecodeRequest
 
 
 def lacks(device: Device, request: DecodeRequest) -> str | None:
     """Why `decode` cannot do it."""
-    return (
-        (None if request.interpret else no_tpu(device))
-        or unknown_dtype(request.dtype)
-        or no_storage(device, request)
-        or no_tile(request.storage, request.shape)
-        or wide_block(_tile(request))
-    )
+    return no_kernel(request, no_tpu(device)) or wide_block(_tile(request))
 
 
 def _tile(request: DecodeRequest) -> Tile:

@@ -26,31 +26,24 @@ from jqx_kernels.tiles import (
     gpu_block,
     gpu_tile,
     no_gpu,
-    no_tile,
+    no_kernel,
     row_grid,
     shrink,
     stretch,
-    unknown_dtype,
 )
 
-from .request import EncodeRequest, no_storage
+from .request import EncodeRequest, several_rows
 from .rules import RULES, code
 
 
 def lacks(device: Device, request: EncodeRequest) -> str | None:
     """Why `codes` cannot do it."""
-    return (
-        (None if request.interpret else no_gpu(device))
-        or unknown_dtype(request.dtype)
-        or no_storage(device, request)
-        or no_tile(request.storage, request.shape)
-    )
+    return no_kernel(request, no_gpu(device))
 
 
 def lacks_encode(device: Device, request: EncodeRequest) -> str | None:
     """Why `encode` cannot do it."""
-    several = None if request.storage.block[0] == 1 else "finds scales of single rows only"
-    return lacks(device, request) or several
+    return lacks(device, request) or several_rows(request)
 
 
 class _Plan(NamedTuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a matrix before it is encoded, and what no implementation can do."""
+"""What is known of a matrix before it is encoded, and where that is not exact."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jqx_kernels.dispatch import Device
 from jqx_kernels.storage import Storage
-from jqx_kernels.tiles import misfit
+from jqx_kernels.tiles import no_storage
 
 
 class EncodeRequest(NamedTuple):
@@ -32,13 +32,13 @@ class EncodeRequest(NamedTuple):
         return f"a {self.dtype.name} matrix {list(self.shape)} as {self.storage}{twice}"
 
 
-def no_storage(device: Device, request: EncodeRequest) -> str | None:
-    """Why the storage does not fit the matrix, whatever computes it."""
-    return misfit(request.storage, request.shape)
-
-
 def inexact(device: Device, request: EncodeRequest) -> str | None:
     """Why programs that XLA compiles cannot do it."""
     if device.platform == "gpu":
         return "is compiled by XLA, whose divisions on GPUs are off by up to two ulp: codes at ties"
     return no_storage(device, request)
+
+
+def several_rows(request: EncodeRequest) -> str | None:
+    """Why a kernel cannot find the scales; None if it can."""
+    return None if request.storage.block[0] == 1 else "finds scales of single rows only"

@@ -24,7 +24,7 @@ from jqx_kernels.tiles import (
     SHIFTS,
     Tile,
     filled,
-    no_tile,
+    no_kernel,
     no_tpu,
     padded,
     row_grid,
@@ -32,29 +32,21 @@ from jqx_kernels.tiles import (
     stretch,
     tpu_block,
     tpu_tile,
-    unknown_dtype,
     wide_block,
 )
 
-from .request import EncodeRequest, no_storage
+from .request import EncodeRequest, several_rows
 from .rules import RULES, code
 
 
 def lacks(device: Device, request: EncodeRequest) -> str | None:
     """Why `codes` cannot do it."""
-    return (
-        (None if request.interpret else no_tpu(device))
-        or unknown_dtype(request.dtype)
-        or no_storage(device, request)
-        or no_tile(request.storage, request.shape)
-        or wide_block(_plan(request).tile)
-    )
+    return no_kernel(request, no_tpu(device)) or wide_block(_plan(request).tile)
 
 
 def lacks_encode(device: Device, request: EncodeRequest) -> str | None:
     """Why `encode` cannot do it."""
-    several = None if request.storage.block[0] == 1 else "finds scales of single rows only"
-    return lacks(device, request) or several
+    return lacks(device, request) or several_rows(request)
 
 
 class _Plan(NamedTuple):
