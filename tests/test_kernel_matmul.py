@@ -181,17 +181,14 @@ def test_other_tiles_are_for_tuning(name, splits):
     arrays = stored(name, 40, 640)
     codes, scale, outer = arrays
     x = jnp.asarray(normal(5, 640))
-    tiles = dict.fromkeys(TILES, Tiles(16, 16, 32, 2, 2, splits))
+    tiles, f32 = dict.fromkeys(TILES, Tiles(16, 16, 32, 2, 2, splits)), "float32"
     y = triton.matmul(
         x,
         codes.view(jnp.uint8),
         scale.view(jnp.uint8) if scale.dtype.itemsize == 1 else scale,
         jnp.float32(1) if outer is None else outer,
-        storage=storage_of(name),
-        weight_dtype=jnp.float32,
-        out_dtype=jnp.float32,
-        interpret=True,
-        table=tiles,
+        MatmulRequest((5, 640), f32, storage_of(name), (40, 640), f32, f32, True),
+        tiles,
     )
     check_sum(y, x, decoded(arrays, name, "float32"), jnp.float32)
 

@@ -8,19 +8,18 @@ One code takes a byte of its own: no checkpoint layout stores them.
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt8
 
-from .bits import bits, from_bits
+from .bits import BIAS, MAGNITUDE, bits, from_bits
 
-_MAGNITUDE = 0x7FFF_FFFF
 _FIRST = (127 - 3) << 2  # the exponent bias 127 becomes 3
 
 
 def e3m2_code(x: Float32[Array, "*s"]) -> UInt8[Array, "*s"]:
     """The code 0..63 nearest to `x` (ties to even, bit 5 is the sign); beyond 28 it saturates."""
-    a = jnp.minimum(from_bits(bits(x) & _MAGNITUDE), jnp.float32(28))
+    a = jnp.minimum(from_bits(bits(x) & MAGNITUDE), jnp.float32(28))
     b = bits(a)
     normal = ((b + ((1 << 20) - 1) + ((b >> 21) & 1)) >> 21) - _FIRST
-    small = jnp.round(a * jnp.float32(16)).astype(jnp.int32)
-    code = jnp.where(a < jnp.float32(0.25), small, normal)
+    small = bits(a + jnp.float32(2.0**19)) - (BIAS + (19 << 23))  # in steps of 1/16
+    code = jnp.where(b < BIAS - (2 << 23), small, normal)
     return (code | ((bits(x) >> 26) & 0x20)).astype(jnp.uint8)
 
 

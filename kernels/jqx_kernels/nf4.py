@@ -7,7 +7,8 @@ al. 2023, QLoRA, arXiv 2305.14314.)
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, UInt8
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float32, Integer, UInt8
 from ml_dtypes import bfloat16
 
 _DECIMALS = (
@@ -18,18 +19,20 @@ NF4_VALUES = tuple(float(v) for v in np.array(_DECIMALS, bfloat16))
 _MIDDLES = tuple((a + b) / 2 for a, b in zip(NF4_VALUES[:-1], NF4_VALUES[1:], strict=True))
 
 
-def nf4_code(x: Float32[Array, "*s"]) -> UInt8[Array, "*s"]:
-    """The code 0..15 of the value nearest to `x`; a tie takes the smaller value."""
-    code = jnp.zeros(x.shape, jnp.uint8)
+def nf4_code(x: Float32[Array, "*s"], counted: DTypeLike = jnp.uint8) -> UInt8[Array, "*s"]:
+    """The code 0..15 of the value nearest to `x`; a tie takes the smaller value. `counted`: the
+    dtype of the arithmetic.
+    """
+    code = jnp.zeros(x.shape, counted)
     for middle in _MIDDLES:
-        code = code + (x > jnp.float32(middle)).astype(jnp.uint8)
-    return code
+        code = code + (x > jnp.float32(middle)).astype(counted)
+    return code.astype(jnp.uint8)
 
 
-def nf4_value(code: UInt8[Array, "*s"]) -> Float32[Array, "*s"]:
-    """The number that the lowest four bits of a byte stand for."""
+def nf4_value(code: Integer[Array, "*s"]) -> Float32[Array, "*s"]:
+    """The number that the lowest four bits of an integer stand for."""
     left: list[Array] = [jnp.float32(v) for v in NF4_VALUES]
-    for bit in range(4):  # halves the values that are left, by selects: gathers are slow on a CPU
+    for bit in range(4):  # halves the values that are left, by selects: gathers are slow
         odd = (code & (1 << bit)) != 0
         left = [jnp.where(odd, b, a) for a, b in zip(left[::2], left[1::2], strict=True)]
     return left[0]

@@ -29,11 +29,7 @@ class _Way(NamedTuple):
     """How a product is computed, static."""
 
     row: Implementation
-    storage: Storage
-    weight_dtype: jnp.dtype
-    x_dtype: jnp.dtype
-    out_dtype: jnp.dtype
-    interpret: bool
+    request: MatmulRequest
 
 
 def matmul(  # noqa: PLR0913  four arrays, and what is static about them
@@ -62,27 +58,17 @@ def matmul(  # noqa: PLR0913  four arrays, and what is static about them
     not the one that is asked for, can do it.
     """
     shape = check_shapes(x, codes, scale, storage)
-    dtype = jnp.dtype(weight_dtype)
-    request = MatmulRequest(x.shape, x.dtype.name, storage, shape, dtype.name)
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    wide, out = jnp.dtype(weight_dtype).name, jnp.dtype(out_dtype).name
+    request = MatmulRequest(x.shape, x.dtype.name, storage, shape, wide, out, interpret)
     row = find_implementation("matmul", MATMUL, request, device, implementation)
     outer = outer_scale(tensor_scale, storage.scale)
-    wanted = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
-    way = _Way(row, storage, dtype, x.dtype, wanted, interpret)
-    return _product(way, x, as_bytes(codes), as_bytes(scale), outer)
+    return _product(_Way(row, request), x, as_bytes(codes), as_bytes(scale), outer)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(way: _Way, x: Array, codes: Array, scale: Array, outer: Array) -> Array:
-    return way.row.run(
-        x,
-        codes,
-        scale,
-        outer,
-        storage=way.storage,
-        weight_dtype=way.weight_dtype,
-        out_dtype=way.out_dtype,
-        interpret=way.interpret,
-    )
+    return way.row.run(x, codes, scale, outer, way.request)
 
 
 def _forward(way: _Way, x: Array, codes: Array, scale: Array, outer: Array) -> Any:
@@ -92,7 +78,8 @@ def _forward(way: _Way, x: Array, codes: Array, scale: Array, outer: Array) -> A
 def _backward(way: _Way, stored: Any, dy: Array) -> Any:
     """dy w, summed in float32, for the decoded matrix w."""
     codes, scale, outer = map(jnp.asarray, stored)  # a constant comes back as a NumPy scalar
-    w = reference.stored_matrix(codes, scale, outer, way.storage).astype(way.weight_dtype)
+    request = way.request
+    w = reference.stored_matrix(codes, scale, outer, request.storage).astype(request.weight_dtype)
     both = reference.operand_dtype(dy.dtype, w.dtype)
     dx = lax.dot_general(
         dy.astype(both),
@@ -101,7 +88,7 @@ def _backward(way: _Way, stored: Any, dy: Array) -> Any:
         precision=reference.precision(both),
         preferred_element_type=jnp.float32,
     )
-    return dx.astype(way.x_dtype), None, None, None
+    return dx.astype(request.x_dtype), None, None, None
 
 
 _product.defvjp(_forward, _backward)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from jqx_kernels.dispatch import Device
@@ -145,34 +144,33 @@ def _kernel(outer_ref: Any, codes_ref: Any, scale_ref: Any, *refs: Any, plan: _P
         plgpu.store(at, total.T.astype(out.dtype), mask=mask)
 
 
-def matmul(  # noqa: PLR0913  the signature of every row
+def matmul(
     x: Float[Array, "m k"],
     codes: UInt8[Array, "..."],
     scale: Array,
     outer: Float32[Array, ""],
-    *,
-    storage: Storage,
-    weight_dtype: DTypeLike,
-    out_dtype: DTypeLike,
-    interpret: bool = False,
+    request: MatmulRequest,
     table: Table = TILES,
 ) -> Float[Array, "m n"]:
-    """x w^T in `out_dtype`; tiles of another table than TILES are for tuning."""
+    """x w^T in `request.out_dtype`; tiles of another table than TILES are for tuning."""
+    storage = request.storage
     m, p = x.shape[0], planes(x, codes, scale, storage)
     rows, columns = p.cut.shape
     tiles = tiles_for(storage.element, m, p.cut.shape, p.cut.block[0], table)
-    plan = _Plan(p.cut, tiles, storage, jnp.dtype(weight_dtype))
+    plan = _Plan(p.cut, tiles, storage, jnp.dtype(request.weight_dtype))
     pad = ((0, -m % tiles.rows), (0, plan.covered - columns))
     xs = [jnp.pad(x, pad) if any(map(sum, pad)) else x for x in p.xs]
     summed_here = tiles.splits == 1
     out = jax.ShapeDtypeStruct(
-        (tiles.splits, m, rows), jnp.dtype(out_dtype if summed_here else "float32")
+        (tiles.splits, m, rows), jnp.dtype(request.out_dtype if summed_here else "float32")
     )
     outs = pl.pallas_call(
         partial(_kernel, plan=plan),
         grid=(cdiv(m, tiles.rows), cdiv(rows, tiles.columns), tiles.splits),
         out_shape=[out] * storage.per_byte[0],
         name="stored_matmul",
-        **triton(interpret, tiles.warps, tiles.stages),
+        **triton(request.interpret, tiles.warps, tiles.stages),
     )(outer.reshape(1), p.codes, p.scale, *xs)
-    return joined(tuple(y[0] if summed_here else y.sum(axis=0) for y in outs)).astype(out_dtype)
+    return joined(tuple(y[0] if summed_here else y.sum(axis=0) for y in outs)).astype(
+        request.out_dtype
+    )

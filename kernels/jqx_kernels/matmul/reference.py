@@ -15,6 +15,8 @@ from jqx_kernels.packing import PACKINGS
 from jqx_kernels.scale_rules import STEPS
 from jqx_kernels.storage import Storage
 
+from .request import MatmulRequest
+
 NT = (((1,), (1,)), ((), ()))
 """Dimension numbers of a product with a transposed matrix."""
 
@@ -51,17 +53,13 @@ def dot(x: Float[Array, "m k"], w: Float[Array, "n k"]) -> Float32[Array, "m n"]
     )
 
 
-def matmul(  # noqa: PLR0913  the signature of every row
+def matmul(
     x: Float[Array, "m k"],
     codes: UInt8[Array, "..."],
     scale: Array,
     outer: Float32[Array, ""],
-    *,
-    storage: Storage,
-    weight_dtype: DTypeLike,
-    out_dtype: DTypeLike,
-    interpret: bool = False,
+    request: MatmulRequest,
 ) -> Float[Array, "m n"]:
-    """x w^T in `out_dtype`, for the stored matrix w rounded to `weight_dtype`."""
-    w = stored_matrix(codes, scale, outer, storage).astype(weight_dtype)
-    return dot(x, w).astype(out_dtype)
+    """x w^T in `request.out_dtype`, for the stored matrix w rounded to `request.weight_dtype`."""
+    w = stored_matrix(codes, scale, outer, request.storage).astype(request.weight_dtype)
+    return dot(x, w).astype(request.out_dtype)

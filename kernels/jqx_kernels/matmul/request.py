@@ -25,13 +25,17 @@ _LEAST = {"rows": 16, "columns": 8}  # of bytes in a block that spans several
 
 
 class MatmulRequest(NamedTuple):
-    """The static facts about one product: `weight_shape` is [n, k], that of the matrix itself."""
+    """The static facts about one product: `weight_shape` is [n, k], that of the matrix itself.
+    `interpret`: Pallas kernels run anywhere.
+    """
 
     x_shape: tuple[int, ...]
     x_dtype: str
     storage: Storage
     weight_shape: tuple[int, ...]
     weight_dtype: str = "bfloat16"
+    out_dtype: str = "bfloat16"
+    interpret: bool = False
 
     def __str__(self) -> str:
         """As it is told in errors."""

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from jqx_kernels.dispatch import Device
@@ -136,18 +135,15 @@ def _prepared(scale: Array, block_rows: int | None, rows: int) -> Array:
     return jnp.pad(scale, ((0, 0), (0, -wide % LANES))) if wide > LANES else scale
 
 
-def matmul(  # noqa: PLR0913  the signature of every row
+def matmul(
     x: Float[Array, "m k"],
     codes: UInt8[Array, "..."],
     scale: Array,
     outer: Float32[Array, ""],
-    *,
-    storage: Storage,
-    weight_dtype: DTypeLike,
-    out_dtype: DTypeLike,
-    interpret: bool = False,
+    request: MatmulRequest,
 ) -> Float[Array, "m n"]:
-    """x w^T in `out_dtype`."""
+    """x w^T in `request.out_dtype`."""
+    storage = request.storage
     m, p = x.shape[0], planes(x, codes, scale, storage)
     (n, k), (block_rows, width) = p.cut.shape, p.cut.block
     high = min(ROWS, m + -m % SUBLANES)
@@ -155,7 +151,8 @@ def matmul(  # noqa: PLR0913  the signature of every row
     xs = [jnp.pad(x, ((0, -m % high), (0, -k % depth))) for x in p.xs]
     halves = [p.cut.scale_of(part, p.scale) for part in p.cut.parts if part.out == part.half]
     scales = [_prepared(s, block_rows, n) for s in halves[: storage.per_byte[0]]]
-    plan = _Plan(p.cut.parts, storage, jnp.dtype(weight_dtype), width, k)
+    plan = _Plan(p.cut.parts, storage, jnp.dtype(request.weight_dtype), width, k)
+    out = jax.ShapeDtypeStruct((xs[0].shape[0], n), jnp.dtype(request.out_dtype))
     outs = pl.pallas_call(
         partial(_kernel, plan=plan),
         grid=(xs[0].shape[0] // high, cdiv(n, wide), xs[0].shape[1] // depth),
@@ -166,9 +163,9 @@ def matmul(  # noqa: PLR0913  the signature of every row
             *(pl.BlockSpec((high, depth), lambda i, j, l: (i, l)) for _ in xs),  # noqa: E741
         ],
         out_specs=[pl.BlockSpec((high, wide), lambda i, j, l: (i, j))] * len(scales),  # noqa: E741
-        out_shape=[jax.ShapeDtypeStruct((xs[0].shape[0], n), jnp.dtype(out_dtype))] * len(scales),
+        out_shape=[out] * len(scales),
         scratch_shapes=[pltpu.VMEM((high, wide), jnp.float32)] * len(scales),
         name="stored_matmul",
-        **tpu(interpret, "parallel", "parallel", "arbitrary"),
+        **tpu(request.interpret, "parallel", "parallel", "arbitrary"),
     )(outer.reshape(1, 1), p.codes, *scales, *xs)
     return joined(tuple(y[:m] for y in outs))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float32, Int32
 
 from jqx_kernels.bits import from_bits
 from jqx_kernels.codecs import CODECS
-from jqx_kernels.nf4 import NF4_VALUES
+from jqx_kernels.nf4 import nf4_value
 
 Values = Mapping[str, Callable[[Int32[Array, "*s"]], Float32[Array, "*s"]]]
 
@@ -21,18 +21,10 @@ def _integer(c: Int32[Array, "*s"], width: int) -> Float32[Array, "*s"]:
     return from_bits(shifted) - jnp.float32(2**23 + half)
 
 
-def _nf4(c: Int32[Array, "*s"]) -> Float32[Array, "*s"]:
-    left: list[Array] = [jnp.float32(v) for v in NF4_VALUES]
-    for bit in range(4):  # halves the values that are left: kernels cannot look up a table
-        odd = (c & (1 << bit)) != 0
-        left = [jnp.where(odd, b, a) for a, b in zip(left[::2], left[1::2], strict=True)]
-    return left[0]
-
-
 INTEGERS: Values = {
     "int4": partial(_integer, width=4),
     "int8": partial(_integer, width=8),
-    "nf4": _nf4,
+    "nf4": nf4_value,
 }
 """Element -> the number that the lowest bits of an integer are a code of, on any device."""
 

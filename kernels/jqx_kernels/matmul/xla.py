@@ -3,14 +3,12 @@
 multiplied.
 """
 
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from jqx_kernels.blocks import from_blocks, spread, to_blocks
 from jqx_kernels.codecs import CODECS
 from jqx_kernels.dispatch import Device
 from jqx_kernels.scale_rules import STEPS
-from jqx_kernels.storage import Storage
 
 from .planes import joined, planes
 from .reference import dot
@@ -26,25 +24,22 @@ def lacks(device: Device, request: MatmulRequest) -> str | None:
     return lacks_meaning(device, request)
 
 
-def matmul(  # noqa: PLR0913  the signature of every row
+def matmul(
     x: Float[Array, "m k"],
     codes: UInt8[Array, "..."],
     scale: Array,
     outer: Float32[Array, ""],
-    *,
-    storage: Storage,
-    weight_dtype: DTypeLike,
-    out_dtype: DTypeLike,
-    interpret: bool = False,
+    request: MatmulRequest,
 ) -> Float[Array, "m n"]:
-    """x w^T in `out_dtype`; every part is decoded once, whole."""
+    """x w^T in `request.out_dtype`; every part is decoded once, whole."""
+    storage = request.storage
     p = planes(x, codes, scale, storage)
     decode = CODECS[storage.element].decode
     outs: dict[int, Array] = {}
     for part in p.cut.parts:
         values = decode(to_blocks(p.codes >> part.shift if part.shift else p.codes, p.cut.block))
         step = STEPS[storage.scale](p.cut.scale_of(part, p.scale), outer)
-        w = from_blocks(values * spread(step), p.codes.shape).astype(weight_dtype)
+        w = from_blocks(values * spread(step), p.codes.shape).astype(request.weight_dtype)
         y = dot(p.xs[part.x], w)
         outs[part.out] = outs[part.out] + y if part.out in outs else y
-    return joined(tuple(outs.values())).astype(out_dtype)
+    return joined(tuple(outs.values())).astype(request.out_dtype)
