@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from jqx.formats import FORMATS, Format
+from jqx.formats import FORMATS
+from jqx.transforms.products import storage_of
 from jqx_kernels.decode import decode
 from jqx_kernels.dispatch import Device
 from jqx_kernels.encode import codes, encode
-from jqx_kernels.storage import Storage
 
 
 class Target(NamedTuple):
@@ -38,10 +38,6 @@ TARGETS = {
         Target("tpu", Device("tpu", "TPU v5 lite"), "tpu", "tpu_custom_call"),
     )
 }
-
-
-def storage_of(fmt: Format) -> Storage:
-    return Storage(fmt.element.name, fmt.block, fmt.scale.name, fmt.packing, fmt.element.max)
 
 
 SAME = ("int4_fp8", "nvfp4_46", "nvfp4_b32_fp8")  # as others, but for the tensor scale

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqx.formats import decode, encode, find_format
+from jqx.transforms import products
 from jqx_kernels.dispatch import Device
 from jqx_kernels.matmul import matmul
-from jqx_kernels.storage import Storage
 
 H200 = Device("gpu", "NVIDIA H200", (9, 0))
 B200 = Device("gpu", "NVIDIA B200", (10, 0))
@@ -30,8 +30,7 @@ DECODE = jax.jit(decode, static_argnames=("fmt", "dtype"))
 
 
 def storage_of(name):
-    fmt = find_format(name)
-    return Storage(fmt.element.name, fmt.block, fmt.scale.name, fmt.packing, fmt.element.max)
+    return products.storage_of(find_format(name))
 
 
 def normal(*shape, seed=0):
