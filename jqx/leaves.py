@@ -21,6 +21,7 @@ from jqx.formats import Format, find_format
 from jqx.selection import wanted_kinds
 from jqx.tensors import QTensor, Stats
 from jqx.tensors.layout import Layout, layout_of, to_matrices
+from jqx.tensors.on_gpu import quantize_on_gpu, stays_on_gpu
 from jqx.transforms.axes import Axes
 from jqx.transforms.fake import Fake
 from jqx.transforms.inputs import Treatment
@@ -46,28 +47,25 @@ def stored_leaf(
             f"{path} gets the input format {choice.input} and no weight format, and stored weights "
             "carry both: give it one, or use jqx.fake_quantized"
         )
-    layout = layout_of(axes.shape, axes.contracted, axes.stack)
+    layout, fmt = layout_of(axes.shape, axes.contracted, axes.stack), find_format(choice.weight)
     if isinstance(w, QTensor):
-        _check_same(path, w, find_format(choice.weight), layout, steps)
+        _check_same(path, w, fmt, layout, steps)
     check_floats(path, w)
     treatment = _treatment(path, choice, axes, stats if steps else None, needed=bool(steps))
     if isinstance(w, QTensor):
         return _rescaled(w, choice, treatment)
     known = inputs_of(path, choice, axes, steps, stats)
-    encode = partial(
-        _encode,
-        fmt=choice.weight,
-        layout=layout,
-        steps=steps,
-        input_format=choice.input,
-    )
+    static = {"fmt": choice.weight, "layout": layout, "steps": steps, "input_format": choice.input}
+    encode = partial(_encode, **static)
     scale = None if treatment is None else treatment.input_scale
     w = jax.device_put(w)  # a tracer where something is traced
     try:
         if isinstance(w, Tracer):
             return _with_inputs(encode(w, inputs=known)[0], choice, scale)
-        # wherever they were collected, they are needed where the parameter is encoded
-        q, finite = _on_cpu(partial(encode, inputs=jax.device_get(known)), w)
+        if _is_plain(steps) and stays_on_gpu(w, fmt):
+            q, finite = quantize_on_gpu(w, fmt, layout), jnp.isfinite(w).all()
+        else:  # wherever inputs were collected, they are needed where the parameter is encoded
+            q, finite = _on_cpu(partial(encode, inputs=jax.device_get(known)), w)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if not finite:
@@ -78,17 +76,22 @@ def stored_leaf(
     return _placed(_with_inputs(q, choice, scale), w)
 
 
+def _is_plain(steps: tuple[Algorithm, ...]) -> bool:
+    """Whether scales reach the largest magnitudes of the weights, and no more is asked of them."""
+    return all(step.method == "max" for step in steps)
+
+
 def _check_same(
     path: str, q: QTensor, fmt: Format, layout: Layout, steps: tuple[Algorithm, ...]
 ) -> None:
     """Raises InputError unless `q` can be what is asked for, with other scales of inputs."""
     told = f"{path} is quantized already"
     out = "dequantize it first (jqx.dequantize)"
-    searched = [step.method for step in steps if step.method != "max"]
     if q.format != fmt:
         raise InputError(f"{told}, to {q.format.name} and not to {fmt.name}: {out}")
-    if searched:
-        raise InputError(f"{told}, and {searched[0]} starts from the weight: {out}")
+    if not _is_plain(steps):
+        searched = next(step.method for step in steps if step.method != "max")
+        raise InputError(f"{told}, and {searched} starts from the weight: {out}")
     if q.layout != layout:
         raise InputError(
             f"{told}, along the axes {q.columns} of {q.shape} and with the stack {q.stack}, which "
@@ -248,7 +251,8 @@ def _placed(q: QTensor, w: jax.Array) -> QTensor:
     if w.committed:
         return jax.device_put(q, w.sharding)
     # whatever it meets decides where it is computed with, as for `w`
-    return q if _is_on_cpu(w) else jax.tree.map(jnp.asarray, jax.device_get(q))
+    there = q.codes.devices() == w.devices()
+    return q if there else jax.tree.map(jnp.asarray, jax.device_get(q))
 
 
 @partial(jax.jit, static_argnames=("fmt", "layout", "steps", "input_format"))

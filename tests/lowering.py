@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from jqx.formats import FORMATS
-from jqx.transforms.products import storage_of
+from jqx.formats import FORMATS, storage_of
 from jqx_kernels.decode import decode
 from jqx_kernels.dispatch import Device
 from jqx_kernels.encode import codes, encode

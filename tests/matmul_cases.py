@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqx.formats import decode, encode, find_format
-from jqx.transforms import products
+from jqx.formats import storage_of as storage_of_format
 from jqx_kernels.dispatch import Device
 from jqx_kernels.matmul import matmul
 
@@ -30,7 +30,7 @@ DECODE = jax.jit(decode, static_argnames=("fmt", "dtype"))
 
 
 def storage_of(name):
-    return products.storage_of(find_format(name))
+    return storage_of_format(find_format(name))
 
 
 def normal(*shape, seed=0):

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights on the host: reading them in the model's dtype, and their codes.
 
-Codes and scales are computed on the CPU backend whatever the default device is, because division on
-accelerators is approximate and codes at ties would change.
+Codes and scales are computed where division is exact, or codes at ties would change: by kernels on
+NVIDIA GPUs, else on the CPU, whatever the default device is.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jqx.algorithms import InputStats, Linear, stored
@@ -16,6 +17,7 @@ from jqx.calibration import input_scale, stored_amax
 from jqx.config import INPUT_FORMATS
 from jqx.errors import InputError
 from jqx.formats import Format, find_format, with_float_scales
+from jqx.formats.on_gpu import encode_on_gpu, encodes
 from jqx.tensors import QTensor
 
 from .choices import input_bound
@@ -27,6 +29,9 @@ Groups = list[tuple[str, ...]]
 
 CHUNK = 1 << 21
 """Values encoded in one call: few enough for a core's cache, and for memory with any matrix."""
+
+GPU_CHUNK = 1 << 27
+"""The same on a GPU: enough to keep it busy, in half a gigabyte with what comes out."""
 
 
 def read_tensor(job: Job, name: str) -> np.ndarray:
@@ -108,22 +113,32 @@ def one_scale(fmt: Format) -> bool:
 
 
 def encode_weight(w: np.ndarray, fmt: Format, whole: np.float32 | None) -> QTensor:
-    """`w` [n, k] stored in `fmt` with scales that reach the largest magnitudes, computed on the CPU
-    in slices of rows when it is large and their scales have nothing in common. `whole`: what the
-    scale of the whole tensor reaches.
+    """`w` [n, k] stored in `fmt` with scales that reach the largest magnitudes, computed on a GPU
+    or the CPU in slices of rows when it is large and their scales have nothing in common. `whole`:
+    what the scale of the whole tensor reaches.
     """
     n, k = w.shape
-    rows = max(CHUNK // k // 128, 1) * 128 if with_float_scales(fmt) == fmt else n
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        if n <= rows:
-            return _encode(w, whole, fmt=fmt)
-        parts = [
-            jax.tree.map(np.asarray, _encode(w[i : i + rows], whole, fmt=fmt))
-            for i in range(0, n, rows)
-        ]
+    on_gpu = encodes(jax.devices()[0], fmt, w.shape)
+    encode, chunk = (_encode_on_gpu, GPU_CHUNK) if on_gpu else (_encode_on_cpu, CHUNK)
+    rows = max(chunk // k // 128, 1) * 128 if with_float_scales(fmt) == fmt else n
+    if n <= rows:
+        return encode(w, whole, fmt)
+    parts = [
+        jax.tree.map(np.asarray, encode(w[i : i + rows], whole, fmt)) for i in range(0, n, rows)
+    ]
     return jax.tree.map(
         lambda *leaves: np.concatenate(leaves) if leaves[0].ndim else leaves[0], *parts
     )
+
+
+def _encode_on_gpu(w: np.ndarray, whole: np.float32 | None, fmt: Format) -> QTensor:
+    encoded = encode_on_gpu(jnp.asarray(w), fmt, whole)
+    return QTensor(*jax.device_get(encoded), format=fmt, dtype=w.dtype)
+
+
+def _encode_on_cpu(w: np.ndarray, whole: np.float32 | None, fmt: Format) -> QTensor:
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return _encode(w, whole, fmt=fmt)
 
 
 @partial(jax.jit, static_argnames=("fmt",))

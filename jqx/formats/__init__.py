@@ -18,5 +18,6 @@ from .format import Format as Format
 from .format import check_divides as check_divides
 from .format import find_format as find_format
 from .format import grid_shape as grid_shape
+from .format import storage_of as storage_of
 from .format import with_float_scales as with_float_scales
 from .scales import step_of as step_of

@@ -15,6 +15,7 @@ import re
 from dataclasses import dataclass
 
 from jqx.errors import InputError
+from jqx_kernels.storage import Storage
 
 from .elements import (
     DOUBLE,
@@ -119,6 +120,12 @@ def grid_shape(fmt: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
 def with_float_scales(fmt: Format) -> Format:
     """`fmt`, without the second quantization of its scales."""
     return dataclasses.replace(fmt, scale=FLOAT32) if fmt.scale == DOUBLE else fmt
+
+
+def storage_of(fmt: Format) -> Storage:
+    """What kernels need to know of a format."""
+    row = with_float_scales(fmt)
+    return Storage(row.element.name, row.block, row.scale.name, row.packing, row.element.max)
 
 
 def check_divides(fmt: Format, shape: tuple[int, ...]) -> None:

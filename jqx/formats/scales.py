@@ -87,21 +87,25 @@ def _amax_of_blocks(
 
 
 def _float32_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _Amax) -> Scales:
-    info = jnp.finfo(_amax_dtype(fmt, w.dtype))
-    known = _amax_of_blocks(w, fmt, amax)
-    scale = float32_scale(known, fmt.element.max, (float(info.tiny), float(info.max)))
-    outer = None if fmt.tensor_bound is None else _outer_scale(w, fmt, amax, tensor_amax)
+    scale = float_scale(_amax_of_blocks(w, fmt, amax), fmt, w.dtype)
+    outer = None
+    if fmt.tensor_bound is not None:  # of a second stage, which these codes do not depend on
+        whole = jnp.max(block_amax(w, fmt.block)) if tensor_amax is None else tensor_amax
+        outer = tensor_scale(whole, fmt)
     stored = scale.reshape(grid_shape(fmt, w.shape))
     return Scales(stored, outer, lambda x: divide(x, spread(scale)))
 
 
-def _outer_scale(
-    w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _Amax
-) -> Float32[Array, ""]:
-    """The scale of a second stage, which the codes of the first do not depend on."""
+def float_scale(amax: Float32[Array, "*s"], fmt: Format, dtype: jnp.dtype) -> Float32[Array, "*s"]:
+    """The scales of one level that reach these magnitudes in a matrix of this `dtype`."""
+    info = jnp.finfo(_amax_dtype(fmt, dtype))
+    return float32_scale(amax, fmt.element.max, (float(info.tiny), float(info.max)))
+
+
+def tensor_scale(amax: Float32[Array, ""], fmt: Format) -> Float32[Array, ""]:
+    """The scale of the whole tensor, in a format of two levels, that reaches this magnitude."""
     assert fmt.tensor_bound is not None
-    whole = jnp.max(block_amax(w, fmt.block)) if tensor_amax is None else tensor_amax
-    scale = divide(stand_in(whole, fmt.tensor_bound), fmt.tensor_bound)
+    scale = divide(stand_in(amax, fmt.tensor_bound), fmt.tensor_bound)
     return jnp.maximum(scale, jnp.float32(TINY))
 
 
@@ -121,8 +125,7 @@ def _e4m3_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _A
     blocks = block_amax(w, fmt.block)
     given = tensor_amax if amax is None else amax
     whole = jnp.max(blocks) if given is None else given
-    tensor_scale = divide(stand_in(whole, fmt.tensor_bound), fmt.tensor_bound)
-    return _under(jnp.maximum(tensor_scale, jnp.float32(TINY)), blocks, fmt, SMALLEST)
+    return _under(tensor_scale(whole, fmt), blocks, fmt, SMALLEST)
 
 
 def _static_blocks(
@@ -139,24 +142,24 @@ def _static_blocks(
         )
     top = jnp.float32(fmt.tensor_bound / fmt.element.max)
     whole = stand_in(jnp.max(amax) if tensor_amax is None else tensor_amax, fmt.tensor_bound)
-    tensor_scale = jnp.maximum(divide(whole, fmt.tensor_bound), jnp.float32(TINY))
+    outer = jnp.maximum(divide(whole, fmt.tensor_bound), jnp.float32(TINY))
     scale = divide(amax, fmt.element.max)
     scale = jnp.where(bits(scale) == 0, jnp.float32(1), scale)
     scale = divide(scale * top, divide(whole, fmt.element.max))
-    return _coded(e4m3_stored(scale, tensor_scale), tensor_scale)
+    return _coded(e4m3_stored(scale, outer), outer)
 
 
 def _under(
-    tensor_scale: Float32[Array, ""], blocks: Float32[Array, "..."], fmt: Format, least: float
+    outer: Float32[Array, ""], blocks: Float32[Array, "..."], fmt: Format, least: float
 ) -> Scales:
     """The block scales below a tensor scale, of blocks with these largest magnitudes."""
-    return _coded(e4m3_scale(blocks, tensor_scale, fmt.element.max, least), tensor_scale)
+    return _coded(e4m3_scale(blocks, outer, fmt.element.max, least), outer)
 
 
-def _coded(found: tuple[Array, Array], tensor_scale: Float32[Array, ""]) -> Scales:
+def _coded(found: tuple[Array, Array], outer: Float32[Array, ""]) -> Scales:
     code, step = found
     stored = lax.bitcast_convert_type(code, jnp.float8_e4m3fn)
-    return Scales(stored, tensor_scale, lambda x: divide(x, spread(step)))
+    return Scales(stored, outer, lambda x: divide(x, spread(step)))
 
 
 def _e8m0_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _Amax) -> Scales:

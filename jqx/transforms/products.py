@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jqx.errors import InputError
-from jqx.formats import Format, step_of, with_float_scales
+from jqx.formats import step_of, storage_of, with_float_scales
 from jqx.tensors import QTensor
 from jqx_kernels.dispatch import Unsupported, current_device
-from jqx_kernels.storage import Storage
 
 from .interpret import Met
 
@@ -29,12 +28,6 @@ def matmul(*args: Any, **how: Any) -> Array:
     from jqx_kernels.matmul import matmul as kernel
 
     return kernel(*args, **how)
-
-
-def storage_of(fmt: Format) -> Storage:
-    """What kernels need to know of a format."""
-    row = with_float_scales(fmt)
-    return Storage(row.element.name, row.block, row.scale.name, row.packing, row.element.max)
 
 
 def has_kernels(implementation: str | None) -> bool:
