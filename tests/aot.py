@@ -103,10 +103,14 @@ def main(name, *wanted):
     else:
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
         os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump}"
+    from grouped_cases import grouped_cases
+    from hadamard_cases import hadamard_cases
+    from kv_attention_cases import kv_attention_cases
     from lowering import cases
     from matmul_cases import product_cases
 
-    every = cases(target.platform) | product_cases(target.platform)
+    makers = (cases, product_cases, grouped_cases, hadamard_cases, kv_attention_cases)
+    every = {case: given for make in makers for case, given in make(target.platform).items()}
     with folder:
         for case, (f, args) in every.items():
             if wanted and case not in wanted:

@@ -250,7 +250,7 @@ def test_help_names_every_command_and_option():
     for words in ((), ("--help",)):
         code, out, err = jqx(*words)
         assert (code, err) == (0, "")
-        for name in ("quantize", "inspect", "compare", "formats", "recipes", "families", "targets"):
+        for name in ("quantize", "inspect", "compare", "tune", "formats", "recipes", "kernels"):
             assert re.search(rf"│ {name} ", out)
         assert "--debug" in out
     out = jqx("quantize", "--help").out

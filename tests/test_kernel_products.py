@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jqx import InputError, QTensor, quantized
-from jqx.transforms import products
+from jqx.transforms import products, scaled_products
 from jqx_kernels.dispatch import Device
 
 FORMATS = (
@@ -70,7 +70,7 @@ def test_products_of_every_form(way, fmt, implementation):
     near(jax.grad(partial(loss, mine))(x), jax.grad(partial(loss, quantized(f)))(x), 2.0**-5)
 
 
-def asked(f, *args):
+def asked(f, *args, op="matmul", of=products):
     """How often kernels compute a product of `f`."""
     times = []
 
@@ -78,11 +78,12 @@ def asked(f, *args):
         times.append(1)
         return kept(*args, **more)
 
-    kept, products.matmul = products.matmul, counted
+    kept = getattr(of, op)
+    setattr(of, op, counted)
     try:
         jax.eval_shape(lambda *args: f(*args), *args)  # traced anew
     finally:
-        products.matmul = kept
+        setattr(of, op, kept)
     return len(times)
 
 
@@ -148,6 +149,84 @@ def test_quantized_inputs_and_low_rank_parts_go_with_it():
     near(mine, jax.jit(quantized(f))({"w": q}, x))
 
 
+CODES = [("fp8", "fp8"), ("fp8_channel", "fp8"), ("int8", "int8"), ("int8_tensor", "int8")]
+
+
+def rounding(fmt, given, way="rows"):
+    """A weight whose inputs are rounded, some of them saturated."""
+    f, shape, axis = WAYS[way]
+    q = stored(fmt, shape, axis).replace(input_format=given, input_scale=jnp.float32(0.005))
+    return f, {"w": q}, 40 * drawn(2, 3, K, seed=5) ** 3
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("way", ["rows", "first", "heads"])
+@pytest.mark.parametrize(("fmt", "given"), CODES)
+def test_inputs_rounded_like_the_weight_are_multiplied_as_codes(fmt, given, way, implementation):
+    f, params, x = rounding(fmt, given, way)
+    mine = quantized(f, implementation=implementation)
+    near(jax.jit(mine)(params, x), jax.jit(quantized(f))(params, x))
+    assert asked(mine, params, x, of=scaled_products, op="scaled_matmul") == 1
+
+    def loss(g, x):
+        return jnp.sum(g(params, x).astype(jnp.float32))
+
+    near(jax.grad(partial(loss, mine))(x), jax.grad(partial(loss, quantized(f)))(x), 2.0**-5)
+
+
+@pytest.mark.parametrize(("fmt", "given"), CODES)
+def test_codes_of_inputs_are_found_exactly(fmt, given):
+    """Both sums are of whole numbers times one scale: only their last rounding may differ."""
+    f, params, x = rounding(fmt, given)
+    wide = {"w": params["w"].replace(dtype=jnp.dtype("float32"))}
+    mine = quantized(f, implementation="xla")(wide, x.astype(jnp.float32))
+    near(mine, quantized(f)(wide, x.astype(jnp.float32)), 2.0**-18)
+
+
+@pytest.mark.parametrize(("fmt", "given"), CODES)
+def test_a_row_with_a_nan_is_nan(fmt, given):
+    f, params, x = rounding(fmt, given)
+    y = jax.jit(quantized(f, implementation="xla"))(params, x.at[1, 2, 7].set(jnp.nan))
+    lost = np.isnan(np.asarray(y, np.float32))
+    assert lost[1, 2].all()
+    assert lost.sum() == N
+
+
+def test_what_is_not_multiplied_as_codes():
+    for fmt, given, scale in (
+        ("fp8_block", "fp8", 0.01),
+        ("int8", "fp8", 0.01),
+        ("fp8", "fp8", None),
+        ("fp8", "fp8_token", None),
+    ):
+        f, shape, axis = WAYS["rows"]
+        given_scale = None if scale is None else jnp.float32(scale)
+        q = stored(fmt, shape, axis).replace(input_format=given, input_scale=given_scale)
+        mine = quantized(f, implementation="xla")
+        assert asked(mine, {"w": q}, drawn(5, K), of=scaled_products, op="scaled_matmul") == 0
+        near(mine({"w": q}, drawn(5, K)), quantized(f)({"w": q}, drawn(5, K)))
+
+
+@pytest.mark.parametrize(
+    ("device", "times"),
+    [
+        (Device("gpu", "", (9, 0)), {"fp8": 1, "int8": 1}),
+        (Device("gpu", "", (8, 0)), {"fp8": 0, "int8": 1}),
+        (Device("tpu"), {"fp8": 1, "int8": 1}),
+        (Device("cpu"), {"fp8": 0, "int8": 0}),
+    ],
+)
+def test_devices_that_multiply_codes(device, times, monkeypatch):
+    for module in (products, scaled_products):
+        monkeypatch.setattr(module, "current_device", lambda: device)
+    plain = lambda *a, **how: jnp.zeros((6, N), how.get("dtype", how.get("out_dtype")))  # noqa: E731
+    monkeypatch.setattr(products, "matmul", plain)
+    monkeypatch.setattr(scaled_products, "scaled_matmul", plain)
+    for name, expected in times.items():
+        f, params, x = rounding(name, name)
+        assert asked(quantized(f), params, x, of=scaled_products, op="scaled_matmul") == expected
+
+
 def test_on_a_cpu_the_decoded_matrix_is_multiplied():
     f, shape, axis = WAYS["rows"]
     assert asked(quantized(f), {"w": stored("nvfp4", shape, axis)}, drawn(5, K)) == 0
@@ -159,3 +238,137 @@ def test_what_cannot_compute_it_is_told():
     for name, words in (("triton", r"w: matmul .*\(5, 128\).*triton: "), ("cuda", "no implement")):
         with pytest.raises(InputError, match=words):
             quantized(f, implementation=name)(params, x)
+
+
+def test_a_matrix_that_is_stored_along_its_other_axis_is_decoded():
+    w, x = {"w": stored("int8", (K, K), -1)}, drawn(5, K)
+    mine = quantized(lambda p, x: x @ p["w"], implementation="xla")
+    near(mine(w, x), x @ w["w"].decode())
+    assert asked(mine, w, x) == 0
+
+
+# rows in groups
+
+E, F, TOKENS, CHOSEN = 5, 64, 7, 2
+ragged_dot = jax.lax.ragged_dot
+gathered = partial(asked, op="grouped_matmul")
+
+
+def experts(p, x, chosen, weight):
+    """What a mixture of experts does with tokens [t, k]: each meets two of the experts, nobody the
+    last.
+    """
+    order = jnp.argsort(chosen.reshape(-1))
+    sizes = jnp.bincount(chosen.reshape(-1), length=E).astype(jnp.int32)
+    rows = jnp.repeat(x, CHOSEN, axis=0)[order]
+    h = jax.nn.silu(ragged_dot(rows, p["gate"], sizes)) * ragged_dot(rows, p["up"], sizes)
+    y = ragged_dot(h, jnp.swapaxes(p["down"], 1, 2), sizes)  # kept as [e, k, f]
+    y = y[jnp.argsort(order)].reshape(*chosen.shape, K)
+    return jnp.einsum("tc,tck->tk", weight, y)
+
+
+def mixture(fmt, dtype=jnp.bfloat16):
+    """Parameters and arguments of `experts`."""
+    one = partial(QTensor.quantize, fmt=fmt, stack=(0,))
+    params = {
+        "gate": one(drawn(E, K, F, seed=1, dtype=dtype), axis=1),
+        "up": one(drawn(E, K, F, seed=2, dtype=dtype), axis=1),
+        "down": one(drawn(E, K, F, seed=3, dtype=dtype), axis=2),
+    }
+    chosen = jnp.asarray([[0, 1], [3, 1], [0, 3], [1, 0], [3, 0], [2, 3], [3, 1]])
+    weight = jnp.abs(drawn(TOKENS, CHOSEN, seed=5, dtype=dtype))
+    return params, (drawn(TOKENS, K, seed=4, dtype=dtype), chosen, weight)
+
+
+def plain(params):
+    return {name: q.decode() for name, q in params.items()}
+
+
+@pytest.mark.parametrize(
+    ("fmt", "implementation"),
+    [("nvfp4", None), ("fp8", None), ("int4_b64", "xla"), ("nf4_double", "reference")],
+)
+def test_experts_are_met_by_the_rows_that_chose_them(fmt, implementation):
+    """On CPUs too, where nothing is asked for."""
+    params, args = mixture(fmt)
+    mine = quantized(experts, implementation=implementation)
+    near(jax.jit(mine)(params, *args), jax.jit(experts)(plain(params), *args), 2.0**-6)
+    assert gathered(mine, params, *args) == 3
+    assert asked(mine, params, *args) == 0
+
+
+@pytest.mark.parametrize("device", [Device("gpu", "", (9, 0)), Device("tpu")])
+@pytest.mark.parametrize("fmt", ["nvfp4", "int4_b64"])
+def test_experts_by_the_kernels_of_accelerators(fmt, device, monkeypatch):
+    monkeypatch.setattr(products, "current_device", lambda: device)
+    taken = partial(products.grouped_matmul, interpret=True, device=device)
+    monkeypatch.setattr(products, "grouped_matmul", taken)
+    params, args = mixture(fmt)
+    near(jax.jit(quantized(experts))(params, *args), experts(plain(params), *args), 2.0**-6)
+    assert gathered(quantized(experts), params, *args) == 3
+    assert gathered(quantized(experts), *_in_float32(fmt)) == 0
+
+
+def _in_float32(fmt):
+    params, args = mixture(fmt, jnp.float32)
+    return params, *args
+
+
+def test_experts_in_float32_are_exact_sums_on_a_cpu():
+    params, *args = _in_float32("mxfp8")
+    mine = quantized(experts)
+    near(jax.jit(mine)(params, *args), jax.jit(experts)(plain(params), *args), 2.0**-18)
+    assert gathered(mine, params, *args) == 3
+
+
+def test_the_gradient_of_tokens_goes_through_their_experts():
+    params, (x, *args) = mixture("nvfp4", jnp.float32)
+
+    def loss(f, params, x):
+        return jnp.sum(f(params, x, *args) ** 2)
+
+    mine = jax.jit(jax.grad(partial(loss, quantized(experts), params)))(x)
+    near(mine, jax.jit(jax.grad(partial(loss, experts, plain(params))))(x), 2.0**-14)
+
+
+def test_inputs_that_experts_quantize_are_those_of_every_member():
+    params, args = mixture("nvfp4")
+    scales = jnp.linspace(0.01, 0.02, E)
+    params = {n: q.replace(input_format="nvfp4", input_scale=scales) for n, q in params.items()}
+    mine, kept = quantized(experts), quantized(experts, product=lambda met: met.apply(met.x, met.w))
+    near(jax.jit(mine)(params, *args), jax.jit(kept)(params, *args), 2.0**-5)
+    assert gathered(mine, params, *args) == 3
+
+
+def test_layers_of_experts_are_taken_apart_before():
+    def f(p, x, sizes):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(ragged_dot(h, w, sizes)), None), x, p["w"])[0]
+
+    params = {"w": QTensor.quantize(drawn(2, 3, K, K), "nvfp4", axis=2)}
+    x, sizes = drawn(6, K, seed=3), jnp.asarray([2, 0, 3], jnp.int32)
+    mine = quantized(f)
+    near(jax.jit(mine)(params, x, sizes), jax.jit(f)(plain(params), x, sizes), 2.0**-5)
+    assert gathered(mine, params, x, sizes) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "stack"),
+    [((3, K, K), 2, (0,)), ((3, K, K), 0, (1,)), ((3, K, K), 1, ()), ((3, K, 3), 1, (2,))],
+    ids=["other axis", "other stack", "no stack", "other stack of as many"],
+)
+def test_stacks_that_are_stored_in_another_way_are_decoded(shape, axis, stack):
+    params = {"w": QTensor.quantize(drawn(*shape), "fp8", axis=axis, stack=stack)}
+    x, sizes = drawn(6, K, seed=3), jnp.asarray([2, 0, 3], jnp.int32)
+
+    def f(p, x):
+        return ragged_dot(x, p["w"], sizes)
+
+    mine = quantized(f, implementation="xla")
+    near(mine(params, x), f(plain(params), x))
+    assert gathered(mine, params, x) == 0
+
+
+def test_what_cannot_compute_groups_is_told():
+    params, args = mixture("nvfp4")
+    with pytest.raises(InputError, match=r"gate: grouped_matmul .*one of 5 for every.*triton: "):
+        quantized(experts, implementation="triton")(params, *args)

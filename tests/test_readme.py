@@ -26,6 +26,7 @@ from jqx.formats import find_format
 from jqx.recipes import RECIPES
 from jqx_interop import tables
 from jqx_interop.cli.app import DEBUG, app
+from jqx_interop.kernel_table import kernel_rows
 from jqx_interop.targets import find_algo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,7 @@ TABLES = {
     "formats": tables.format_rows,
     "families": tables.family_rows,
     "targets": tables.target_rows,
+    "kernels": kernel_rows,
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

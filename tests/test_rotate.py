@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jqx.algorithms.hadamard import hadamard, rotation
+from jqx.algorithms.hadamard import rotation, turned
 from jqx.algorithms.rotate import KINDS, Role, rotate_in, rotate_out, rotate_params
 from jqx.errors import InputError
 
@@ -18,27 +18,32 @@ WIDTH, HEADS, SIZE, HIDDEN, VOCAB = 24, 4, 8, 40, 50  # one head of keys and val
 IDS = np.random.RandomState(9).randint(0, VOCAB, 11)
 
 
+def matrix(signs):
+    """The rotation with these signs, as a matrix."""
+    return np.asarray(turned(jnp.eye(len(signs)), jnp.asarray(signs, jnp.float32)))
+
+
 @pytest.mark.parametrize("n", [1, 2, 12, 20, 24, 28, 36, 64, 72, 576])
-def test_hadamard_matrices_have_numbers_of_one_magnitude(n):
-    h = np.asarray(hadamard(n))
+def test_rotations_have_numbers_of_one_magnitude(n):
+    h = matrix(np.ones(n))
     np.testing.assert_allclose(np.abs(h), n**-0.5, rtol=1e-6)
     np.testing.assert_allclose(h @ h.T, np.eye(n), atol=1e-5)
 
 
 @pytest.mark.parametrize(("n", "block"), [(44, 4), (7, 1), (48 * 7, 16)])
 def test_other_sizes_are_blocks_of_a_power_of_two(n, block):
-    h = np.asarray(hadamard(n))
+    h = matrix(np.ones(n))
     np.testing.assert_allclose(h @ h.T, np.eye(n), atol=1e-5)
     inside = np.kron(np.eye(n // block), np.ones((block, block)))
     np.testing.assert_allclose(np.abs(h), inside * block**-0.5, atol=1e-6)
 
 
-def test_signs_are_drawn_from_the_seed():
+def test_signs_are_drawn_from_the_seed_and_are_those_of_rows():
     one, same, other = (np.asarray(rotation(24, seed)) for seed in (3, 3, 4))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
-    np.testing.assert_allclose(one @ one.T, np.eye(24), atol=1e-5)
-    assert len({row[0] > 0 for row in one}) == 2
+    assert set(one) == {-1, 1}
+    np.testing.assert_array_equal(matrix(one), matrix(np.ones(24)) * one[:, None])
 
 
 def drawn(*shape, seed=0):
@@ -47,11 +52,11 @@ def drawn(*shape, seed=0):
 
 def test_inputs_and_outputs_of_a_linear():
     r, x, w = rotation(12, 0), drawn(5, 24), drawn(36, 24, seed=1)
-    big = np.kron(np.eye(2), r)  # every 12 of 24 channels
+    big = np.kron(np.eye(2), matrix(r))  # every 12 of 24 channels
     within = np.asarray(jax.jit(rotate_in)(w, r))
     np.testing.assert_allclose((x @ big) @ within.T, x @ w.T, atol=1e-4)
     without = np.asarray(jax.jit(rotate_out)(w, r))
-    np.testing.assert_allclose(x @ without.T, x @ w.T @ np.kron(np.eye(3), r), atol=1e-4)
+    np.testing.assert_allclose(x @ without.T, x @ w.T @ np.kron(np.eye(3), matrix(r)), atol=1e-4)
     stack = np.stack([w, 2 * w])
     np.testing.assert_allclose(rotate_out(jnp.asarray(stack), r)[1], 2 * without, rtol=1e-5)
     np.testing.assert_allclose(rotate_in(jnp.asarray(stack), r)[1], 2 * within, rtol=1e-5)

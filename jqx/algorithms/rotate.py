@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Float32
 
 from jqx.errors import InputError, nearest
 
-from .hadamard import rotation
-from .quadratic import HIGHEST
+from .hadamard import rotation, turned
 
 Leaves = Mapping[str, Array]
 _Turn = Callable[[Array, Any, Any], Array]
@@ -35,24 +34,23 @@ class Role(NamedTuple):
     """Channels of a head, of the kinds with values in their names."""
 
 
-def rotate_in(w: Float[Array, "*lead k"], r: Float32[Array, "d d"]) -> Float[Array, "*lead k"]:
-    """The weight for inputs that are multiplied with the orthogonal `r`, every d of them; rows of
-    numbers in that space, as of an embedding or a bias, are multiplied themselves.
+def rotate_in(w: Float[Array, "*lead k"], r: Float32[Array, "d"]) -> Float[Array, "*lead k"]:
+    """The weight for inputs that are turned by the rotation `r`, every d of them; rows of numbers
+    in that space, as of an embedding or a bias, are turned themselves.
 
     In the dtype of `w`. Raises InputError if d does not divide the last axis.
     """
     parts = _parts(w, r.shape[0], w.ndim - 1)
-    return jnp.matmul(parts, r, precision=HIGHEST).reshape(w.shape).astype(w.dtype)
+    return turned(parts, r).reshape(w.shape).astype(w.dtype)
 
 
-def rotate_out(w: Float[Array, "*lead n k"], r: Float32[Array, "d d"]) -> Float[Array, "*lead n k"]:
-    """The weight whose outputs are multiplied with the orthogonal `r`, every d of them.
+def rotate_out(w: Float[Array, "*lead n k"], r: Float32[Array, "d"]) -> Float[Array, "*lead n k"]:
+    """The weight whose outputs are turned by the rotation `r`, every d of them.
 
     In the dtype of `w`. Raises InputError if d does not divide the axis before the last.
     """
-    parts = _parts(w, r.shape[0], w.ndim - 2)
-    turned = jnp.einsum("...ij,il->...lj", parts, r, precision=HIGHEST)
-    return turned.reshape(w.shape).astype(w.dtype)
+    parts = _parts(w, r.shape[0], w.ndim - 2).swapaxes(-1, -2)
+    return turned(parts, r).swapaxes(-1, -2).reshape(w.shape).astype(w.dtype)
 
 
 def rotate_params(
@@ -91,7 +89,7 @@ def rotate_leaf(
     w: Float[Array, "..."],
     kind: str,
     gain: Float32[Array, "d"] | None,
-    turns: tuple[Float32[Array, "d d"] | None, Float32[Array, "h h"] | None],
+    turns: tuple[Float32[Array, "d"] | None, Float32[Array, "h"] | None],
 ) -> Float[Array, "..."]:
     """One array of a kind, with the `gain` before it taken in; `turns`: the rotations of the stream
     and of the values of heads, those that the kind needs. A gain becomes ones.

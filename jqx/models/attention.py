@@ -17,7 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from .cache import Kept, Past
+from .cache import CACHE_FORMATS, Kept, Past, Slots
 from .layers import Params, linear, module, norm, settle
 from .rope import Turns, rotate, turns
 from .spec import Attention, Compute, Names
@@ -70,10 +70,43 @@ def cached_attention(
     positions = past.slots.positions(x.shape[1])
     q, k, v = _projected(row, names, params, x, positions, compute)
     kept = past.kept.with_tokens(k, v, past.slots.start, compute)
-    real = past.slots.real(kept.slots)
-    sight = Sight(jnp.repeat(real, row.kv_heads, axis=0), past.slots.start)
-    y = _attended(row, q, *kept.read(compute), sight, compute)
+    y = looked_back(row, q, kept, past.slots, compute)
     return linear(module(params, names.out), y, compute), kept
+
+
+def looked_back(
+    row: Attention, q: Float[Array, "n g t d"], kept: Kept, slots: Slots, compute: Compute
+) -> Float[Array, "b t k"]:
+    """What the queries find in what is kept. Few of them read codes where they are."""
+    if compute.cache is not None and q.shape[2] <= _FEW:
+        return _side_by_side(row, _in_codes(row, q, kept, slots, compute))
+    sight = Sight(jnp.repeat(slots.real(kept.slots), row.kv_heads, axis=0), slots.start)
+    k, v = kept.read(compute)
+    if compute.cache is not None:  # what codes stand for in empty slots may be no number
+        empty = jnp.arange(kept.slots, dtype=jnp.int32) >= slots.start + q.shape[2]
+        v = jnp.where((sight.real & ~empty[None, :])[:, :, None], v, 0)
+    return _attended(row, q, k, v, sight, compute)
+
+
+def _in_codes(
+    row: Attention, q: Float[Array, "n g t d"], kept: Kept, slots: Slots, compute: Compute
+) -> Float[Array, "n g t d"]:
+    from jqx_kernels.kv_attention import kv_attention  # Pallas takes a while
+
+    assert compute.cache is not None
+    y = kv_attention(
+        q,
+        kept.keys,
+        kept.values,
+        slots.start,
+        jnp.repeat(slots.pads, row.kv_heads),
+        storage=CACHE_FORMATS[compute.cache].storage,
+        scale=row.scale,
+        window=row.window,
+        dtype=compute.dtype,
+        out_dtype=jnp.float32,
+    )
+    return settle(y, compute)
 
 
 def _projected(
@@ -95,10 +128,14 @@ def _attended(
     row: Attention, q: Array, k: Array, v: Array, sight: Sight, compute: Compute
 ) -> Float[Array, "b t n"]:
     """What the queries find, heads side by side."""
-    t, d = q.shape[2:]
-    attend = ATTENTIONS["batched" if t <= _FEW else compute.attention]
-    y = attend(row, q, k, v, sight, compute).reshape(-1, row.heads, t, d)
-    return y.transpose(0, 2, 1, 3).reshape(y.shape[0], t, -1)
+    attend = ATTENTIONS["batched" if q.shape[2] <= _FEW else compute.attention]
+    return _side_by_side(row, attend(row, q, k, v, sight, compute))
+
+
+def _side_by_side(row: Attention, y: Float[Array, "n g t d"]) -> Float[Array, "b t k"]:
+    t, d = y.shape[2:]
+    heads = y.reshape(-1, row.heads, t, d).transpose(0, 2, 1, 3)
+    return heads.reshape(heads.shape[0], t, -1)
 
 
 def keys_and_values(

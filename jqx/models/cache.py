@@ -19,13 +19,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped, UInt8
 
-from jqx.errors import nearest
-from jqx_kernels.bits import divide, e4m3_code, e4m3_value, int_code, int_value
+from jqx.errors import InputError, nearest
+from jqx_kernels.bits import divide
+from jqx_kernels.codecs import CODECS
+from jqx_kernels.packing import PACKINGS
+from jqx_kernels.scale_rules import e4m3_scale
+from jqx_kernels.storage import Storage
 
 from .layers import settle
-from .spec import BlockKind, Compute
+from .spec import BlockKind, Compute, ModelSpec
 
 FEWEST, STEP = 256, 128
 """Slots at least, and what their number is a multiple of when the last one is known."""
@@ -48,18 +52,52 @@ class Slots(NamedTuple):
         return jnp.arange(slots, dtype=jnp.int32)[None, :] >= self.pads[:, None]
 
 
+class Codes(NamedTuple):
+    """Keys or values in a row of CACHE_FORMATS, every token of every head by itself. `outer`: what
+    the scales of the blocks of a token lie below, where it has several.
+    """
+
+    codes: UInt8[Array, "n slots bytes"]
+    scale: Shaped[Array, "n slots blocks"]
+    outer: Float32[Array, "n slots 1"] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class CacheFormat:
-    """Keys or values in eight bits: `encode` and `decode` numbers up to `most`."""
+    """How keys or values are stored, and the function that does it."""
 
-    most: float
-    encode: Callable[[Float32[Array, "*s"]], UInt8[Array, "*s"]]
-    decode: Callable[[UInt8[Array, "*s"]], Float32[Array, "*s"]]
+    storage: Storage
+    encode: Callable[[Float32[Array, "n t d"], Storage], Codes]
 
 
+def _with_one_scale(x: Float32[Array, "n t d"], storage: Storage) -> Codes:
+    """A float32 scale for every token of every head."""
+    scale = _scale(x, storage.bound)
+    return Codes(CODECS[storage.element].encode(divide(x, scale), x), scale)
+
+
+def _with_scales_of_blocks(x: Float32[Array, "n t d"], storage: Storage) -> Codes:
+    """As a matrix in NVFP4, but that every token of every head has a tensor scale."""
+    n, t, d = x.shape
+    outer = _scale(x, storage.bound * E4M3_MOST)
+    blocks = x.reshape(n, t, -1, storage.columns(d))
+    amax = jnp.max(jnp.abs(blocks), axis=-1)
+    scale, step = e4m3_scale(amax, outer, storage.bound)
+    codes = CODECS[storage.element].encode(divide(blocks, step[..., None]), blocks)
+    packed = PACKINGS[storage.packing].pack(codes.reshape(n * t, d))
+    return Codes(packed.reshape(n, t, -1), scale, outer)
+
+
+def _scale(x: Float32[Array, "n t d"], bound: float) -> Float32[Array, "n t 1"]:
+    amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    return jnp.maximum(divide(amax, bound), jnp.finfo(jnp.float32).tiny)
+
+
+E4M3_MOST = 448.0
 CACHE_FORMATS = {
-    "fp8": CacheFormat(448.0, e4m3_code, e4m3_value),
-    "int8": CacheFormat(127.0, partial(int_code, width=8), partial(int_value, width=8)),
+    "fp8": CacheFormat(Storage("e4m3", (1, None), "float32", "bytes", E4M3_MOST), _with_one_scale),
+    "int8": CacheFormat(Storage("int8", (1, None), "float32", "bytes", 127.0), _with_one_scale),
+    "nvfp4": CacheFormat(Storage("e2m1", (1, 16), "e4m3", "columns", 6.0), _with_scales_of_blocks),
 }
 """How keys and values may be kept, besides as they are."""
 
@@ -70,11 +108,16 @@ def check_cache_format(name: str | None) -> None:
         raise nearest(name, CACHE_FORMATS, "cache format")
 
 
-class Codes(NamedTuple):
-    """Keys or values in a row of CACHE_FORMATS, a scale for every token of every head."""
-
-    codes: UInt8[Array, "n slots d"]
-    scale: Float32[Array, "n slots 1"]
+def check_heads(name: str | None, spec: ModelSpec) -> None:
+    """Raises InputError for a row of CACHE_FORMATS whose blocks do not divide the heads."""
+    size = None if name is None else CACHE_FORMATS[name].storage.block[1]
+    for d in {kind.attention.head_dim for kind in spec.blocks} if size else ():
+        if size and d % size:
+            others = [other for other, row in CACHE_FORMATS.items() if row.storage.block[1] is None]
+            raise InputError(
+                f"{name} shares a scale over {size} channels, and heads have {d}: keys and values "
+                f"can be kept in {' or '.join(others)}"
+            )
 
 
 class Kept(NamedTuple):
@@ -112,17 +155,17 @@ class Kept(NamedTuple):
 def _encoded(x: Float[Array, "n t d"], compute: Compute) -> Float[Array, "n t d"] | Codes:
     if compute.cache is None:
         return x
-    row, wide = CACHE_FORMATS[compute.cache], x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
-    scale = jnp.maximum(divide(largest, row.most), jnp.finfo(jnp.float32).tiny)
-    return Codes(row.encode(divide(wide, scale)), scale)
+    row = CACHE_FORMATS[compute.cache]
+    return row.encode(x.astype(jnp.float32), row.storage)
 
 
 def _decoded(kept: Array | Codes, compute: Compute) -> Float[Array, "n slots d"]:
     if not isinstance(kept, Codes):
         return kept
+    from jqx_kernels.kv_attention import Stored, decoded  # Pallas takes a while
+
     assert compute.cache is not None
-    return settle(CACHE_FORMATS[compute.cache].decode(kept.codes) * kept.scale, compute)
+    return settle(decoded(Stored(*kept), CACHE_FORMATS[compute.cache].storage), compute)
 
 
 class Past(NamedTuple):

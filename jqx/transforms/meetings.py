@@ -205,6 +205,7 @@ def ragged_dot(walk: Walk, eqn: Any, ins: list[Value]) -> list[Value]:
             groups=sizes.data,
             ragged=ragged[0],
             summed=_summed(view, dims, use),
+            stored=w.stored,
         ),
     )
 

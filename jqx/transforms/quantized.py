@@ -17,7 +17,7 @@ from .inputs import check_all_met, treated, treatment_of
 from .interpret import PRODUCTS, Acts, Met, Record, Walk, interpret
 from .low_rank import check_lookup, low_rank_product
 from .primitives import PRIMITIVES
-from .products import has_kernels, kernel_product
+from .products import has_kernels, kernel_product, stacks
 
 Named = Mapping[str, Callable[[Array], Array]]
 Product = Callable[[Met], Array | None]
@@ -41,8 +41,10 @@ def quantized(
     parameter, stored or not, in its own way; where it returns None the operation is as in `f`.
     `settle` is applied to quantized inputs, as `f` does to the results of its own operations where
     it rounds them: without it they have the precision of their dtype. `implementation`: the one of
-    `jqx_kernels.matmul` for products of activations with one stored matrix each; without it GPUs
-    and TPUs use the first that can do it, and CPUs multiply the decoded matrix.
+    `jqx_kernels` for products of activations with one stored matrix each, and of rows in groups
+    with a stored stack (`jax.lax.ragged_dot`); without it GPUs and TPUs use the first that can do
+    it, and CPUs multiply the decoded matrix, those of a stack one after another. Where inputs and
+    weight are both FP8 or INT8 with scales for whole rows, those multiply codes with codes.
 
     Weights are decoded, in their own dtype, where `f` is run: call it inside `jit`, where a decoded
     weight lives as long as its product, and of a stack that `f` scans over or indexes one member.
@@ -77,7 +79,7 @@ def quantized(
             x = met.x if treatment is None else settled(treated(treatment, met))
             now = met._replace(x=x)
             out = None if product is None else product(now)
-            out = kernel_product(now, implementation) if out is None else out
+            out = kernel_product(now, implementation, treatment) if out is None else out
             out = met.apply(x, met.w) if out is None else out
             if treatment is None or treatment.low_rank is None:
                 return out
@@ -85,7 +87,8 @@ def quantized(
 
         walk = Walk(PRIMITIVES, Acts(change=change), stored=stored, beside=treatments)
         all_met = product is not None or has_kernels(implementation)
-        out, _ = interpret(f, walk, shapes, args, None if all_met else treatments)
+        followed = None if all_met else treatments.keys() | stacks(stored)
+        out, _ = interpret(f, walk, shapes, args, followed)
         check_all_met(walk.record, treatments)
         _check_names(walk.record, named)
         return out

@@ -16,7 +16,7 @@ import typer
 
 from jqx.errors import InputError
 
-from . import calibrate, compare, demo, generate, inspect, quantize, rotate, tables
+from . import calibrate, compare, demo, generate, inspect, quantize, rotate, tables, tune
 from .console import err
 from .eval import evaluate
 
@@ -68,10 +68,12 @@ app.command(rich_help_panel="Look")(told(inspect.inspect))
 app.command(rich_help_panel="Look")(told(compare.compare))
 app.command("eval", rich_help_panel="Look")(told(evaluate))
 app.command(rich_help_panel="Look")(told(generate.generate))
+app.command(rich_help_panel="Device")(told(tune.tune))
 app.command(rich_help_panel="Tables")(told(tables.formats))
 app.command(rich_help_panel="Tables")(told(tables.recipes))
 app.command(rich_help_panel="Tables")(told(tables.families))
 app.command(rich_help_panel="Tables")(told(tables.targets))
+app.command(rich_help_panel="Tables")(told(tables.kernels))
 
 
 def _print_version(value: bool | None) -> None:

@@ -73,8 +73,8 @@ def generate(  # noqa: PLR0913  a command's options are its parameters
     kv_cache: Annotated[
         str | None,
         typer.Option(
-            help="Keep keys and values in eight bits: fp8 or int8. Default: as they are, or as the "
-            "checkpoint says.",
+            help="Keep keys and values in eight bits, fp8 or int8, or in four, nvfp4. Default: as "
+            "they are, or as the checkpoint says.",
             autocompletion=complete_cache,
         ),
     ] = None,

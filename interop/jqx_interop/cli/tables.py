@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jqx formats`, `jqx recipes`, `jqx families`, `jqx targets`: the rows of the tables."""
+"""`jqx formats`, `recipes`, `families`, `targets`, `kernels`: the rows of tables."""
 
 from typing import Annotated, Any
 
@@ -52,6 +52,15 @@ def targets(as_json: AsJson = False) -> None:
     from jqx_interop.tables import target_rows
 
     _show("Targets", target_rows(), as_json)
+
+
+def kernels(as_json: AsJson = False) -> None:
+    """List the operations that have kernels, and which implementation this device takes."""
+    from jqx_interop.kernel_table import kernel_rows_on
+    from jqx_kernels.dispatch import current_device
+
+    device = current_device()
+    _show(f"Kernels on {device.kind}", list(kernel_rows_on(device)), as_json)
 
 
 def _show(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:

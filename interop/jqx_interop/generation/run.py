@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from jqx.errors import InputError
 from jqx.models import Compute, ModelSpec, param_shapes
-from jqx.models.cache import check_cache_format
+from jqx.models.cache import check_cache_format, check_heads
 from jqx.models.generate import Session
 from jqx.models.layers import module
 from jqx.models.sampling import sequence_keys
@@ -93,7 +93,8 @@ def generate(
     several texts, lists of token ids, or conversations (lists of messages with role and content,
     for the model's chat template); they run as one batch. `on_token(i, text)` is told the text of
     prompt `i` piece by piece. `compute` as for `ptq`. `kv_cache`: keep keys and values in eight
-    bits, "fp8" or "int8", with a scale for every token of every head; None: as they are.
+    bits, "fp8" or "int8", with a scale for every token of every head, or in four, "nvfp4"; None: as
+    they are.
 
     Raises InputError for prompts and settings that mean nothing, for prompts that fill the context,
     and for what `load` refuses.
@@ -162,13 +163,14 @@ def run(
 
 
 def _how(arithmetic: Arithmetic, source: "_Opened") -> Compute:
-    """Raises InputError for a cache in other formats than the checkpoint says."""
+    """Raises InputError for a cache in another format than the checkpoint says, or heads allow."""
     said, asked = source.spec.kv_cache, arithmetic.kv_cache
     if said is not None and asked is not None:
         raise InputError(
             f"the checkpoint says that keys and values are kept in {said}, and kv_cache is "
             f"{asked}: leave it out"
         )
+    check_heads(asked, source.spec)
     return replace(compute_of(arithmetic.compute, source.dtype), cache=asked)
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jqx_kernels.dispatch import Device, Implementation, Table, find_implementation
+from jqx_kernels.dispatch import Device, Implementation, Table, current_device, find_implementation
 from jqx_kernels.storage import Storage
 
 from . import gpu, reference, tpu, xla
@@ -60,7 +60,10 @@ def matmul(  # noqa: PLR0913  four arrays, and what is static about them
     shape = check_shapes(x, codes, scale, storage)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     wide, out = jnp.dtype(weight_dtype).name, jnp.dtype(out_dtype).name
-    request = MatmulRequest(x.shape, x.dtype.name, storage, shape, wide, out, interpret)
+    device = current_device() if device is None else device
+    request = MatmulRequest(
+        x.shape, x.dtype.name, storage, shape, wide, out, interpret, device.kind
+    )
     row = find_implementation("matmul", MATMUL, request, device, implementation)
     outer = outer_scale(tensor_scale, storage.scale)
     return _product(_Way(row, request), x, as_bytes(codes), as_bytes(scale), outer)

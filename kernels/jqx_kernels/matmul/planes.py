@@ -50,8 +50,8 @@ class Cut(NamedTuple):
         return self.blocks * min(part.half, self.halves - 1)
 
     def scale_of(self, part: Part, scale: Array) -> Array:
-        """The scales of a part, [blocks of rows, blocks of columns]."""
-        return scale[:, self.first(part) : self.first(part) + self.blocks]
+        """The scales of a part, [..., blocks of rows, blocks of columns]."""
+        return scale[..., self.first(part) : self.first(part) + self.blocks]
 
 
 class Planes(NamedTuple):
@@ -65,16 +65,33 @@ class Planes(NamedTuple):
     scale: Array
 
 
-def planes(x: Float[Array, "m k"], codes: UInt8[Array, "..."], scale: Array, s: Storage) -> Planes:
-    """The operands of a product. Blocks of packed rows or columns hold whole bytes."""
+def cut_of(codes: tuple[int, ...], scale: tuple[int, ...], s: Storage) -> Cut:
+    """How a product is taken apart, from the shapes of bytes and of scales [blocks of rows, blocks
+    of columns]. Blocks of packed rows or columns hold whole bytes.
+    """
     per_rows, per_columns = s.per_byte
     rows, columns = s.block
     block = (1 if rows == 1 else rows and rows // per_rows, columns and columns // per_columns)
     halves = per_rows if rows == 1 else 1
+    return Cut(PARTS[s.packing], (codes[0], codes[1]), block, scale[1], halves)
+
+
+def side_by_side(scale: Array, cut: Cut) -> Array:
+    """Scales [..., blocks of rows, blocks of columns] with those of packed rows side by side."""
+    *lead, tall, _ = scale.shape
+    return scale.reshape(*lead, tall // cut.halves, -1)
+
+
+def apart(x: Float[Array, "m k"], parts: int) -> tuple[Float[Array, "m columns"], ...]:
+    """The columns of `x` that meet each part of a byte; the inverse of `joined`."""
+    return tuple(x[:, i::parts] for i in range(parts))
+
+
+def planes(x: Float[Array, "m k"], codes: UInt8[Array, "..."], scale: Array, s: Storage) -> Planes:
+    """The operands of a product."""
     scale = scale.reshape(scale.shape or (1, 1))
-    cut = Cut(PARTS[s.packing], (codes.shape[0], codes.shape[1]), block, scale.shape[1], halves)
-    xs = tuple(x[:, i::per_columns] for i in range(per_columns))
-    return Planes(cut, xs, codes, scale.reshape(scale.shape[0] // halves, -1))
+    cut = cut_of(codes.shape, scale.shape, s)
+    return Planes(cut, apart(x, s.per_byte[1]), codes, side_by_side(scale, cut))
 
 
 def joined(outs: tuple[Float[Array, "m rows"], ...]) -> Float[Array, "m n"]:

@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-Limits = tuple[int | None, int | None]
-"""Where a matrix ends, None along an axis that whole tiles cover."""
+Limits = tuple[Any, Any]
+"""Where a matrix ends, an integer each, None along an axis that whole tiles cover."""
 
 
 def inside(starts: Any, sizes: tuple[int, int], limits: Limits) -> Array | None:
@@ -24,9 +24,11 @@ def inside(starts: Any, sizes: tuple[int, int], limits: Limits) -> Array | None:
     return reduce(jnp.logical_and, masks) if masks else None
 
 
-def read_tile(ref: Any, starts: Any, sizes: tuple[int, int], limits: Limits) -> Array:
-    """A tile of a matrix, zeros beyond its limits."""
-    at = ref.at[tuple(map(pl.ds, starts, sizes))]
+def read_tile(
+    ref: Any, starts: Any, sizes: tuple[int, int], limits: Limits, lead: tuple[Any, ...] = ()
+) -> Array:
+    """A tile of a matrix, zeros beyond its limits. `lead`: which matrix of a stack, if any."""
+    at = ref.at[(*lead, *map(pl.ds, starts, sizes))]
     mask = inside(starts, sizes, limits)
     if mask is None:
         return plgpu.load(at)

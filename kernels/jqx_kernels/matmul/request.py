@@ -26,7 +26,7 @@ _LEAST = {"rows": 16, "columns": 8}  # of bytes in a block that spans several
 
 class MatmulRequest(NamedTuple):
     """The static facts about one product: `weight_shape` is [n, k], that of the matrix itself.
-    `interpret`: Pallas kernels run anywhere.
+    `interpret`: Pallas kernels run anywhere; `device`: the kind of it, whose tiles are taken.
     """
 
     x_shape: tuple[int, ...]
@@ -36,6 +36,7 @@ class MatmulRequest(NamedTuple):
     weight_dtype: str = "bfloat16"
     out_dtype: str = "bfloat16"
     interpret: bool = False
+    device: str = ""
 
     def __str__(self) -> str:
         """As it is told in errors."""

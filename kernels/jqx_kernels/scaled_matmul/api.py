@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jqx_kernels.dispatch import Device, Implementation, Table, find_implementation
+from jqx_kernels.dispatch import Device, Implementation, Table, current_device, find_implementation
 from jqx_kernels.matmul.request import as_bytes
 from jqx_kernels.matmul.steps import outer_scale
 
@@ -50,11 +50,13 @@ def scaled_matmul(  # noqa: PLR0913  five arrays, and what is static about them
     w_shape = check_operand("w", w_codes, w_scale, kind)
     if x_shape[1] != w_shape[1]:
         raise ValueError(f"{kind} x {x_shape} has {x_shape[1]} columns, w {w_shape} {w_shape[1]}.")
-    request = ScaledRequest(kind, x_shape, w_shape, jnp.dtype(dtype).name)
+    device = current_device() if device is None else device
+    name = jnp.dtype(dtype).name
+    request = ScaledRequest(kind, x_shape, w_shape, name, interpret, device.kind)
     row = find_implementation("scaled_matmul", SCALED_MATMUL, request, device, implementation)
     outer = outer_scale(tensor_scale, KINDS[kind].scale)
     x, w = (_stored(*side) for side in ((x_codes, x_scale), (w_codes, w_scale)))
-    return row.run(x, w, outer, kind=kind, dtype=dtype, interpret=interpret)
+    return row.run(x, w, outer, request)
 
 
 def _stored(codes: Array, scale: Array) -> Stored:

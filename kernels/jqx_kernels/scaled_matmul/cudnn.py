@@ -6,7 +6,6 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jqx_kernels.dispatch import Device
@@ -34,10 +33,10 @@ def operand(stored: Stored, kind: Kind) -> tuple[Array, Array]:
 
 
 def multiply(
-    x: Stored, w: Stored, outer: Float32[Array, ""], *, kind: str, dtype: DTypeLike, interpret: bool
+    x: Stored, w: Stored, outer: Float32[Array, ""], request: ScaledRequest
 ) -> Float[Array, "m n"]:
-    """The product in `dtype`."""
+    """The product in `request.dtype`."""
     assert _SCALED_MATMUL is not None
-    (x_codes, x_scale), (w_codes, w_scale) = (operand(side, KINDS[kind]) for side in (x, w))
+    (x_codes, x_scale), (w_codes, w_scale) = (operand(side, KINDS[request.kind]) for side in (x, w))
     y = _SCALED_MATMUL(x_codes, w_codes, x_scale, w_scale, preferred_element_type=jnp.float32)
-    return (y[0] * outer).astype(dtype)
+    return (y[0] * outer).astype(request.dtype)

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jqx_kernels.dispatch import Device
 from jqx_kernels.matmul.reading import inside, read_tile
 from jqx_kernels.matmul.reference import NT
 from jqx_kernels.matmul.request import MANY
-from jqx_kernels.matmul.tiles import TILES, Table, Tiles, tiles_for
+from jqx_kernels.matmul.tiles import Table, Tiles, tiles_for
+from jqx_kernels.matmul.tuned import tiles_of
 from jqx_kernels.pallas import cdiv, triton
 
 from .kinds import KINDS, ScaledRequest, Stored, lacks_dtype, lacks_kind
@@ -59,18 +59,16 @@ def _kernel(x_ref: Any, w_ref: Any, out: Any, *, tiles: Tiles, steps: int) -> No
     plgpu.store(at, sums.T, mask=mask)
 
 
-def multiply(  # noqa: PLR0913  the signature of every row, and the tiles
+def multiply(
     x: Stored,
     w: Stored,
     outer: Float32[Array, ""],
-    *,
-    kind: str,
-    dtype: DTypeLike,
-    interpret: bool,
-    table: Table = TILES,
+    request: ScaledRequest,
+    table: Table | None = None,
 ) -> Float[Array, "m n"]:
-    """The product in `dtype`; tiles of another table than TILES are for tuning."""
-    row = KINDS[kind]
+    """The product in `request.dtype`; another table than that of the device is for tuning."""
+    row = KINDS[request.kind]
+    table = tiles_of("scaled_matmul", request.device) if table is None else table
     codes = as_codes(x, row), as_codes(w, row)
     (m, k), n = codes[0].shape, codes[1].shape[0]
     tiles = tiles_for(row.element, m, (n, k), None, table)
@@ -80,6 +78,6 @@ def multiply(  # noqa: PLR0913  the signature of every row, and the tiles
         grid=(cdiv(m, tiles.rows), cdiv(n, tiles.columns), tiles.splits),
         out_shape=jax.ShapeDtypeStruct((tiles.splits, m, n), jnp.dtype(row.total)),
         name="scaled_matmul",
-        **triton(interpret, tiles.warps, tiles.stages),
+        **triton(request.interpret, tiles.warps, tiles.stages),
     )(*codes)
-    return scaled(sums.sum(axis=0), x, w, outer).astype(dtype)
+    return scaled(sums.sum(axis=0), x, w, outer).astype(request.dtype)

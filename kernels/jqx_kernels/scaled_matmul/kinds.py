@@ -36,12 +36,16 @@ KINDS = {
 
 
 class ScaledRequest(NamedTuple):
-    """The static facts about one product; the shapes are those of the matrices themselves."""
+    """The static facts about one product; the shapes are those of the matrices themselves.
+    `interpret`: Pallas kernels run anywhere; `device`: the kind of it, whose tiles are taken.
+    """
 
     kind: str
     x_shape: tuple[int, ...]
     weight_shape: tuple[int, ...]
     dtype: str
+    interpret: bool = False
+    device: str = ""
 
     def __str__(self) -> str:
         """As it is told in errors."""

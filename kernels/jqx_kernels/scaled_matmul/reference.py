@@ -6,7 +6,6 @@ y = cast((code_x * scale_x) (code_w * scale_w)^T * tensor_scale)        all in f
 
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jqx_kernels.blocks import from_blocks, spread, to_blocks
@@ -15,7 +14,7 @@ from jqx_kernels.matmul.reference import NT
 from jqx_kernels.packing import PACKINGS
 from jqx_kernels.scale_rules import STEPS
 
-from .kinds import KINDS, Kind, Stored
+from .kinds import KINDS, Kind, ScaledRequest, Stored
 
 
 def values(stored: Stored, kind: Kind) -> Float32[Array, "rows k"]:
@@ -29,14 +28,14 @@ def values(stored: Stored, kind: Kind) -> Float32[Array, "rows k"]:
 
 
 def multiply(
-    x: Stored, w: Stored, outer: Float32[Array, ""], *, kind: str, dtype: DTypeLike, interpret: bool
+    x: Stored, w: Stored, outer: Float32[Array, ""], request: ScaledRequest
 ) -> Float[Array, "m n"]:
-    """The product in `dtype`."""
+    """The product in `request.dtype`."""
     y = lax.dot_general(
-        values(x, KINDS[kind]),
-        values(w, KINDS[kind]),
+        values(x, KINDS[request.kind]),
+        values(w, KINDS[request.kind]),
         NT,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    return (y * outer).astype(dtype)
+    return (y * outer).astype(request.dtype)

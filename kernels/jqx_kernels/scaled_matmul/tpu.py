@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jqx_kernels.dispatch import Device
 from jqx_kernels.matmul.reference import NT
-from jqx_kernels.matmul.tpu import COLUMNS, DEPTH, ROWS
+from jqx_kernels.matmul.tiles import Table, size_of
+from jqx_kernels.matmul.tuned import tiles_of
 from jqx_kernels.pallas import cdiv, tpu
 
 from .kinds import KINDS, ScaledRequest, Stored, lacks_dtype, lacks_kind
@@ -48,11 +48,18 @@ def _kernel(x_ref: Any, w_ref: Any, rows: Any, columns: Any, out: Any, total: An
 
 
 def multiply(
-    x: Stored, w: Stored, outer: Float32[Array, ""], *, kind: str, dtype: DTypeLike, interpret: bool
+    x: Stored,
+    w: Stored,
+    outer: Float32[Array, ""],
+    request: ScaledRequest,
+    table: Table | None = None,
 ) -> Float[Array, "m n"]:
-    """The product in `dtype`."""
-    row, (m, k), n = KINDS[kind], x.codes.shape, w.codes.shape[0]
-    high, wide, depth = min(ROWS, m + -m % SUBLANES), min(COLUMNS, n), min(DEPTH, k)
+    """The product in `request.dtype`; another table than that of the device is for tuning."""
+    row, (m, k), n = KINDS[request.kind], x.codes.shape, w.codes.shape[0]
+    table = tiles_of("scaled_matmul", request.device, "tpu") if table is None else table
+    tiles = table[row.element, size_of(m)]
+    high = min(tiles.rows, m + -m % SUBLANES)
+    wide, depth = min(tiles.columns, n), min(tiles.depth, k)
     rows = jnp.broadcast_to(x.scale * outer, (m, 1))
     columns = jnp.broadcast_to(w.scale.T, (1, n))
     pad = (0, -m % high)
@@ -71,9 +78,9 @@ def multiply(
             pl.BlockSpec((1, wide), lambda i, j, l: (0, j)),  # noqa: E741
         ],
         out_specs=pl.BlockSpec((high, wide), lambda i, j, l: (i, j)),  # noqa: E741
-        out_shape=jax.ShapeDtypeStruct((m + pad[1], n), jnp.dtype(dtype)),
+        out_shape=jax.ShapeDtypeStruct((m + pad[1], n), jnp.dtype(request.dtype)),
         scratch_shapes=[pltpu.VMEM((high, wide), jnp.dtype(row.total))],
         name="scaled_matmul",
-        **tpu(interpret, "parallel", "parallel", "arbitrary"),
+        **tpu(request.interpret, "parallel", "parallel", "arbitrary"),
     )(*codes, jnp.pad(rows, (pad, (0, 0))), columns)
     return y[:m]

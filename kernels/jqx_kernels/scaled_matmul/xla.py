@@ -7,7 +7,6 @@ Blocks are decoded first: a code of E2M1 or E4M3 times the scale of its block is
 
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Float32
 
 from jqx_kernels.blocks import from_blocks, spread, to_blocks
@@ -15,7 +14,7 @@ from jqx_kernels.codecs import CODECS
 from jqx_kernels.matmul.reference import NT
 from jqx_kernels.scale_rules import STEPS
 
-from .kinds import KINDS, Kind, Stored
+from .kinds import KINDS, Kind, ScaledRequest, Stored
 
 _SHIFTS = {"bytes": (0,), "columns": (0, 4)}
 
@@ -41,14 +40,14 @@ def _decoded(stored: Stored, kind: Kind) -> list[BFloat16[Array, "rows columns"]
 
 
 def multiply(
-    x: Stored, w: Stored, outer: Float32[Array, ""], *, kind: str, dtype: DTypeLike, interpret: bool
+    x: Stored, w: Stored, outer: Float32[Array, ""], request: ScaledRequest
 ) -> Float[Array, "m n"]:
-    """The product in `dtype`."""
-    row = KINDS[kind]
+    """The product in `request.dtype`."""
+    row = KINDS[request.kind]
     if row.block is None:
         codes = as_codes(x, row), as_codes(w, row)
         total = lax.dot_general(*codes, NT, preferred_element_type=jnp.dtype(row.total))
-        return scaled(total, x, w, outer).astype(dtype)
+        return scaled(total, x, w, outer).astype(request.dtype)
     pairs = zip(_decoded(x, row), _decoded(w, row), strict=True)
     sums = [lax.dot_general(a, b, NT, preferred_element_type=jnp.float32) for a, b in pairs]
-    return (sum(sums[1:], sums[0]) * outer).astype(dtype)
+    return (sum(sums[1:], sums[0]) * outer).astype(request.dtype)
