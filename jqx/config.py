@@ -137,6 +137,7 @@ INPUT_FORMATS = {
         InputFormat(name="fp8", format="fp8", bound=448.0, mode="static, per tensor"),
         InputFormat(name="fp8_token", format="fp8_channel", bound=None, mode="dynamic, per token"),
         InputFormat(name="int8", format="int8_tensor", bound=127.0, mode="static, per tensor"),
+        InputFormat(name="int8_token", format="int8", bound=None, mode="dynamic, per token"),
         InputFormat(
             name="nvfp4",
             format="nvfp4",

@@ -227,6 +227,7 @@ INPUTS = {
     "fp8": ("e4m3", 0, 448.0),
     "fp8_token": ("e4m3", 1, None),
     "int8": ("int8", 0, 127.0),
+    "int8_token": ("int8", 1, None),
     "nvfp4": ("e2m1", 16, 2688.0),
     "mxfp4": ("e2m1", 32, None),
     "mxfp8": ("e4m3", 32, None),
@@ -252,7 +253,7 @@ def step_of(x, element, size, scale):
         s = flush(largest) / (np.float32(6) * scale)
         return flush(E4M3[nearest(E4M3, min(s, 448))].astype(np.float32) * scale)
     if size == 1:
-        return scale_of(x, 448) if largest else np.float32(1)
+        return scale_of(x, BOUND[element]) if largest else np.float32(1)
     return scale
 
 

@@ -73,7 +73,7 @@ COMMANDS = {
     ),
     "no name for it": (
         ("--qformat", "mxfp4", "--algorithm", "awq_lite"),
-        (PATH, "no layout name for mxfp4", "awq factors"),
+        (PATH, "modelopt has no name for mxfp4", "awq factors"),
     ),
     "inputs": (
         ("--qformat", "fp8", "--algorithm", "entropy"),

@@ -329,7 +329,7 @@ def test_what_is_described_is_what_is_read(chosen, one, block, kv, left):
     rest = [path for path in LINEARS if path not in found]
     target = TARGETS["modelopt"]
     inline = target.quantization_config(found, [*rest, "lm_head"], kv)
-    file = target.describe(found, [*rest, "lm_head"], kv)
+    file = target.files["hf_quant_config.json"](found, [*rest, "lm_head"], kv)
     stated = read_stated(
         None if left == "hf_quant_config.json" else inline, None if left == "config.json" else file
     )

@@ -188,7 +188,8 @@ def test_fake_quantization_computes_what_stored_weights_do(name):
     q = jqx.quantize(MODEL, name if name in jqx.RECIPES else cfg, stats)
     got = jax.jit(jqx.quantized(model))(q, IDS[0])
     fake = jax.jit(jqx.fake_quantized(model, cfg, stats))
-    np.testing.assert_array_equal(fake(MODEL, IDS[0]), got)
+    # rows of stored experts are summed in another order
+    np.testing.assert_allclose(fake(MODEL, IDS[0]), got, 0, 2.0**-20 * np.abs(got).max())
     dense = DENSE(MODEL, IDS[0])
     assert 1e-3 < np.abs(got - dense).max() < np.abs(dense).max() / 2
 

@@ -19,10 +19,12 @@ from jqx.formats import FORMATS, find_format
 from jqx.recipes import RECIPES
 from jqx.tensors import QTensor
 from jqx_interop.checkpoints import dtype_name
-from jqx_interop.targets import TARGETS, find_algo, gathered, input_factor, low_rank_factors
+from jqx_interop.targets import TARGETS, find_algo, input_factor, low_rank_factors
+from jqx_interop.targets.layout import gathered
 from jqx_interop.targets.modelopt import ALGOS, KV_ALGOS, STORED_AS, VARIANT_ALGOS, summarise
 
 TARGET = TARGETS["modelopt"]
+DESCRIBE = TARGET.files["hf_quant_config.json"]
 
 # --- arrays
 
@@ -51,7 +53,9 @@ def test_the_arrays_of_a_linear(name: str, has_input_scale: bool):
     expected = [("weight", dtype, size), ("weight_scale", scale_dtype, scale_size)]
     expected += [("input_scale", "F32", ())] * has_input_scale
     expected += [("weight_scale_2", "F32", ())] * (find_format(name).tensor_bound is not None)
-    promised = TARGET.outputs("a.b", name, shape, np.dtype(jnp.bfloat16), has_input_scale)
+    promised = TARGET.outputs(
+        "a.b", Choice(weight=name), shape, np.dtype(jnp.bfloat16), has_input_scale
+    )
     assert [(t.name, t.dtype, t.shape) for t in promised] == [
         (f"a.b.{n}", d, s) for n, d, s in expected
     ]
@@ -200,7 +204,7 @@ def test_one_format():
         "a.q": Choice(weight="nvfp4", input="nvfp4"),
         "a.k": Choice(weight="nvfp4", input="nvfp4"),
     }
-    described = TARGET.describe(choices, ["lm_head"], "fp8")
+    described = DESCRIBE(choices, ["lm_head"], "fp8")
     quantization = described["quantization"]
     assert described["producer"] == {"name": "modelopt", "version": "0.47.0"}
     assert list(quantization.items()) == [
@@ -219,7 +223,7 @@ def test_one_format():
 
 
 def test_another_block_size_is_described():
-    described = TARGET.describe({"a": Choice(weight="int4_b64")}, [], None)["quantization"]
+    described = DESCRIBE({"a": Choice(weight="int4_b64")}, [], None)["quantization"]
     assert described["group_size"] == 64
     assert described["has_zero_point"] is False
     assert described["pre_quant_scale"] is True
@@ -251,7 +255,7 @@ def test_factors_are_described():
     """Beside the block in one file; in a group only where the name of the format has one alone."""
     for variant, alone in (("awq", False), ("svd", True)):
         choices = {"a": Choice(weight="nvfp4", input="nvfp4", variant=variant)}
-        said = TARGET.describe(choices, [], None)["quantization"]
+        said = DESCRIBE(choices, [], None)["quantization"]
         assert {key: said.get(key) for key in ("group_size", *FACTORS)} == FACTORS | {
             "group_size": 16
         }
@@ -281,7 +285,7 @@ def test_mixed_formats_are_described_as_the_reference_tool_does(shared: Path):
             path: rows[layer["quant_algo"]]
             for path, layer in want["quantization"]["quantized_layers"].items()
         }
-        assert json.dumps(TARGET.describe(choices, ["lm_head"], None)) == json.dumps(want)
+        assert json.dumps(DESCRIBE(choices, ["lm_head"], None)) == json.dumps(want)
         config = json.loads((folder / "config.json").read_text())["quantization_config"]
         described = TARGET.quantization_config(choices, ["lm_head"], None)
         assert json.dumps(described) == json.dumps(config)

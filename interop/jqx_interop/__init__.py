@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .evaluation import EvalSettings as EvalSettings
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate as evaluate
+    from .exporting import export as export
     from .generation import Completion as Completion
     from .generation import Sampling as Sampling
     from .generation import generate as generate
@@ -31,6 +32,7 @@ _HOMES = {
     "EvalSettings": "evaluation",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
+    "export": "exporting",
     "generate": "generation",
     "inspect_checkpoint": "inspect",
     "Model": "model",

@@ -2,7 +2,7 @@
 """What a configuration says about the linears of one checkpoint, and what speaks against it."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from jqx.algorithms.table import check_applicable, needed, variant_of
 from jqx.config import INPUT_FORMATS, Choice, QuantConfig, resolve
@@ -12,6 +12,7 @@ from jqx.steps import check_steps, with_option
 
 from .inventory import Inventory, Module
 from .settings import Settings
+from .targets import Target
 
 
 def calibrated(config: QuantConfig) -> bool:
@@ -61,10 +62,10 @@ def refuse_unheard(name: str, config: QuantConfig) -> None:
 
 
 def choices_for(
-    config: QuantConfig, inventory: Inventory, name: str, supports: Callable[[Choice], bool]
+    config: QuantConfig, inventory: Inventory, name: str, target: Target | None
 ) -> dict[str, Choice]:
-    """What is chosen for every linear that the recipe `name` quantizes, in module order; `supports`
-    says whether the layout has a name for it.
+    """What is chosen for every linear that the recipe `name` quantizes, in module order, for the
+    layout `target`; None where nothing is written.
 
     Raises InputError for what cannot be stored, with the first problem, and if nothing is chosen.
     """
@@ -80,7 +81,7 @@ def choices_for(
         f"{module.path}: {problem}"
         for module in inventory.modules
         if module.path in choices
-        and (problem := _problem(module, choices[module.path], supports)) is not None
+        and (problem := _problem(module, choices[module.path], target)) is not None
     ]
     problems += _siblings_apart(choices, inventory)
     if problems:
@@ -99,13 +100,14 @@ def _variant(config: QuantConfig, name: str) -> str | None:
     return variant_of(config.steps, find_format(name))
 
 
-def _problem(module: Module, choice: Choice, supports: Callable[[Choice], bool]) -> str | None:
+def _problem(module: Module, choice: Choice, target: Target | None) -> str | None:
     """Why a module cannot be stored as `choice` says."""
     if module.kind == "embedding":
         return "embeddings are read as they are; narrow the rule of the recipe with kind: linear"
-    if not supports(choice):
+    if target is not None and not target.supports(choice):
         beside = f" and {choice.variant} factors" if choice.variant else ""
-        return f"no layout name for {choice.weight} with {choice.input} inputs{beside}"
+        inputs = "plain" if choice.input is None else choice.input
+        return f"{target.name} has no name for {choice.weight} with {inputs} inputs{beside}"
     try:
         check_divides(find_format(choice.weight or ""), module.shape)
     except InputError as error:

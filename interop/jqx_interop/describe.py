@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two JSON files that tell an engine what a checkpoint holds."""
+"""The JSON files that tell an engine what a checkpoint holds."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from .targets import TARGETS
 
 
 def write_descriptions(job: Job, folder: Path) -> None:
-    """Write config.json and hf_quant_config.json for what `job` quantized."""
+    """Write config.json, and what else the layout has, for what `job` quantized."""
     described = (job.choices, job.unquantized, job.kv)
     describe(folder, job.checkpoint.config, described, job.settings.target)
 
@@ -24,8 +24,8 @@ def describe(
     described: tuple[Mapping[str, Choice], Iterable[str], str | None],
     target: str,
 ) -> None:
-    """Write config.json, which is `config` with `quantization_config` added last, and
-    hf_quant_config.json.
+    """Write config.json, which is `config` with `quantization_config` added last, and the other
+    files of the layout `target`.
 
     `described`: quantized modules in module order, the others, and the format of the KV cache.
     """
@@ -33,7 +33,8 @@ def describe(
     content = {k: v for k, v in config.items() if k != "quantization_config"}
     content["quantization_config"] = row.quantization_config(*described)
     _write(folder / "config.json", content)
-    _write(folder / "hf_quant_config.json", row.describe(*described))
+    for name, content_of in row.files.items():
+        _write(folder / name, content_of(*described))
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -36,7 +36,14 @@ from .families import spec_from_config
 from .folding import Folds, plan_folds
 from .inventory import FLOATS, Inventory, Module, same_tensor, take_inventory
 from .settings import Settings
-from .targets import TARGETS, companions, find_algo, input_factor, low_rank_factors
+from .targets import (
+    TARGETS,
+    Target,
+    companions,
+    find_algo,
+    input_factor,
+    low_rank_factors,
+)
 
 KEPT = "e_score_correction_bias"
 """The ending of tensors that keep their dtype."""
@@ -55,14 +62,15 @@ class Attention:
     kv_heads: int
     head_dim: int
 
-    def outputs(self, kv: KVFormat, dtype: str) -> list[TensorOut]:
+    def outputs(self, kv: KVFormat, dtype: str, target: Target) -> list[TensorOut]:
         """The tensors of its stored keys and values; biases have the `dtype` of the model."""
         found = []
         for linear, letter in ((self.k, "k"), (self.v, "v")):
-            found.append(TensorOut(f"{linear}.{letter}_scale", "F32", ()))
+            name = target.kv_name(linear, f"{letter}_scale")
+            found.append(TensorOut(name, "F32", target.kv_shape))
             if kv.affine:
                 shape = (1, self.kv_heads, 1, self.head_dim)
-                found.append(TensorOut(f"{linear}.{letter}_bias", dtype, shape))
+                found.append(TensorOut(target.kv_name(linear, f"{letter}_bias"), dtype, shape))
         return found
 
 
@@ -94,6 +102,11 @@ class Job:
     def modules(self) -> dict[str, Module]:
         """Module path -> module."""
         return {module.path: module for module in self.inventory.modules}
+
+    @property
+    def target(self) -> Target:
+        """The layout that is written."""
+        return TARGETS[self.settings.target]
 
     @property
     def needs_inputs(self) -> bool:
@@ -158,9 +171,7 @@ class Job:
         """The tensors of one quantized linear."""
         module, choice = self.modules[path], self.choices[path]
         has_input_scale = input_bound(self.config, choice) is not None
-        assert choice.weight is not None
-        outputs = TARGETS[self.settings.target].outputs
-        found = outputs(path, choice.weight, module.shape, self.dtype, has_input_scale)
+        found = self.target.outputs(path, choice, module.shape, self.dtype, has_input_scale)
         if choice.variant is not None and self.folds.keeps(path):
             found.append(input_factor(path, module.shape, self.dtype))
         if choice.variant == "svd":
@@ -221,7 +232,10 @@ def decide(
             f"{checkpoint.path} is a model in {dtype_key}; "
             f"those in {', '.join(sorted(FLOATS))} can be quantized"
         )
-    supports = (lambda choice: True) if in_memory else TARGETS[settings.target].supports
+    target = TARGETS[settings.target]
+    if kv is not None and kv not in target.kv_formats and not in_memory:
+        held = ", ".join(target.kv_formats)
+        raise InputError(f"{target.name} holds keys and values in {held}, not in {kv}")
     return Job(
         checkpoint=checkpoint,
         spec=spec,
@@ -231,7 +245,7 @@ def decide(
         settings=settings,
         dtype=DTYPES[dtype_key],
         inventory=inventory,
-        choices=choices_for(config, inventory, row.name, supports),
+        choices=choices_for(config, inventory, row.name, None if in_memory else target),
         outputs=(),
     )
 
@@ -325,5 +339,5 @@ def _companions(job: Job) -> dict[str, list[TensorOut]]:
     """
     groups = {path: job.linear_outputs(path)[1:] for path in job.choices}
     for attention in job.attentions if job.needs_kv else ():
-        groups[attention.path] = attention.outputs(job.kv_format, dtype_name(job.dtype))
+        groups[attention.path] = attention.outputs(job.kv_format, dtype_name(job.dtype), job.target)
     return companions(job.inventory.tensors, groups)

@@ -7,11 +7,13 @@ that `ptq` gives them.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jqx.config import Choice
 from jqx.errors import nearest
 from jqx.models import ModelSpec, param_shapes
 from jqx.tensors import QTensor
@@ -50,12 +52,12 @@ def save(
     """
     if target not in TARGETS:
         raise nearest(target, TARGETS, "target")
-    content = content_of(model.spec, model.params)
+    content = content_of(model.spec, model.params, TARGETS[target])
     plans = plan_shards(_outputs(model.spec, content, target), max_shard_size)
     small = small_files(open_checkpoint(model.path)) if model.path is not None else ()
     with Workspace(out, model.path) as space, told(space.directory):
         space.begin({"save": [plan.file for plan in plans]})
-        _write_tensors(space.files, content, plans, target)
+        _write_tensors(space.files, model, content, plans, target)
         for file in small:
             shutil.copyfile(file, space.files / file.name)
         _write_descriptions(space.files, model, content, target)
@@ -64,18 +66,17 @@ def save(
 
 def _outputs(spec: ModelSpec, content: Content, target: str) -> Iterator[TensorOut]:
     """Every tensor that will be written, in module order."""
-    shapes, outputs = param_shapes(spec), TARGETS[target].outputs
+    shapes, row = param_shapes(spec), TARGETS[target]
     groups: dict[str, list[TensorOut]] = {}
     first: dict[str, TensorOut] = {}
     for path, choice in content.choices.items():
         q = content.leaves[f"{path}.weight"]
-        given = (choice.weight, shapes[f"{path}.weight"], content.dtype, q.input_scale is not None)
-        weight, *groups[path] = outputs(path, *given)
-        first[weight.name] = weight
+        given = (choice, shapes[f"{path}.weight"], content.dtype, q.input_scale is not None)
+        first[f"{path}.weight"], *groups[path] = row.outputs(path, *given)
         groups[path] += beside_codes(path, q, content.dtype)
     for tensor in kv_tensors(spec, content.dtype):
-        path = tensor.name.rpartition(".")[0].rpartition(".")[0]
-        groups.setdefault(path, []).append(tensor)
+        path = tensor.path.rpartition(".")[0]
+        groups.setdefault(path, []).append(tensor.stored(row))
     after = companions(shapes, groups)
     for name, shape in shapes.items():
         yield first.get(name) or TensorOut(name, dtype_name(content.dtype), shape)
@@ -83,14 +84,18 @@ def _outputs(spec: ModelSpec, content: Content, target: str) -> Iterator[TensorO
 
 
 def _write_tensors(
-    folder: Path, content: Content, plans: tuple[ShardPlan, ...], target: str
+    folder: Path, model: Model, content: Content, plans: tuple[ShardPlan, ...], target: str
 ) -> None:
-    named = TARGETS[target].named
+    row = TARGETS[target]
+    cached = {tensor.name: tensor for tensor in kv_tensors(model.spec, content.dtype)}
     with ShardWriter(folder, plans) as writer:
         for name, leaf in content.leaves.items():
             if isinstance(leaf, QTensor):
-                for part, array in named(name.removesuffix(".weight"), leaf).items():
+                for part, array in row.named(name.removesuffix(".weight"), leaf).items():
                     writer.write(part, np.asarray(array))
+            elif name in cached:
+                stored = cached[name].stored(row)
+                writer.write(stored.name, np.asarray(leaf).reshape(stored.shape))
             else:
                 writer.write(name, np.asarray(leaf))
         writer.finish()
@@ -102,16 +107,18 @@ def _write_descriptions(folder: Path, model: Model, content: Content, target: st
     if str(config.get(key)).removeprefix("torch.") != content.dtype.name:
         config[key] = content.dtype.name
     if content.choices:
-        described = (content.choices, _unquantized(model, content), model.spec.kv_cache)
+        rest = unquantized(model.spec, model.config, content.choices)
+        described = (content.choices, rest, model.spec.kv_cache)
         describe(folder, config, described, target)
     else:  # as transformers writes it
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _unquantized(model: Model, content: Content) -> list[str]:
+def unquantized(
+    spec: ModelSpec, config: Mapping[str, Any], choices: Mapping[str, Choice]
+) -> list[str]:
     """Every module that could have been quantized and is not."""
-    names = model.spec.names
-    modules = [path for path in linear_shapes(model.spec) if path not in content.choices]
-    if model.config.get("model_type") not in SCALED_EMBEDDINGS:
-        modules.append(names.embed)
-    return [*modules, names.head] if model.spec.tied else modules
+    modules = [path for path in linear_shapes(spec) if path not in choices]
+    if config.get("model_type") not in SCALED_EMBEDDINGS:
+        modules.append(spec.names.embed)
+    return [*modules, spec.names.head] if spec.tied else modules

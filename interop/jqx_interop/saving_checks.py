@@ -20,7 +20,7 @@ from jqx.tensors.paths import flatten
 
 from .checkpoints import DTYPES, TensorOut, refuse
 from .stored_checks import kv_tensors, linear_shapes
-from .targets import find_algo, input_factor, low_rank_factors, named, outputs
+from .targets import Target, find_algo, input_factor, low_rank_factors
 from .targets.modelopt import Algo
 
 WAY_OUT = "Save the tree that load gave, or one like it."
@@ -37,8 +37,10 @@ class Content:
     dtype: np.dtype
 
 
-def content_of(spec: ModelSpec, params: Mapping[str, Any]) -> Content:
-    """The content of the tree `params`, checked. Raises one InputError for all that is wrong."""
+def content_of(spec: ModelSpec, params: Mapping[str, Any], target: Target) -> Content:
+    """The content of the tree `params`, checked for the layout `target`. Raises one InputError for
+    all that is wrong.
+    """
     shapes = param_shapes(spec)
     leaves = flatten(params, order=shapes)
     stored = {n.removesuffix(".weight"): q for n, q in leaves.items() if isinstance(q, QTensor)}
@@ -56,13 +58,15 @@ def content_of(spec: ModelSpec, params: Mapping[str, Any]) -> Content:
     choices: dict[str, Choice] = {}
     for path in linears if not problems else ():
         if path in stored:
-            found = _choice_of(stored[path], dtype)
+            found = _choice_of(stored[path], dtype, target)
             if isinstance(found, Choice):
                 choices[path] = found
             else:
                 problems.append(f"{path} {found}")
     choices = _named_alike(choices)
     problems += _fused_apart(spec, stored, choices)
+    if spec.kv_cache is not None and spec.kv_cache not in target.kv_formats:
+        problems.append(f"keys and values are in {spec.kv_cache}, which {target.name} has not")
     if spec.kv_cache is not None and not stored:
         problems.append("keys and values are quantized and no linear is: there is no name for that")
     if problems:
@@ -84,7 +88,7 @@ def _dtype_of(leaves: Mapping[str, Any]) -> np.dtype:
     return dtype
 
 
-def _choice_of(q: QTensor, dtype: np.dtype) -> Choice | str:
+def _choice_of(q: QTensor, dtype: np.dtype, target: Target) -> Choice | str:
     """The formats of `q`, or why the layout cannot hold it."""
     if q.columns != (1,) or q.ndim != 2:
         return (
@@ -93,10 +97,12 @@ def _choice_of(q: QTensor, dtype: np.dtype) -> Choice | str:
     plain = Choice(weight=_name_of(q.format), input=q.input_format)
     factor = None if q.pre_quant_scale is None else "awq"
     choice = replace(plain, variant=factor if q.low_rank is None else "svd")
-    algo = find_algo(choice) or find_algo(plain)
-    if plain.weight is None or algo is None:
+    held = next((c for c in (choice, plain) if c.weight and target.supports(c)), None)
+    if held is None:
         return f"is stored as {q.format.name} with {q.input_format} inputs, which has no name"
-    return _parts(q, choice, algo, dtype) or (plain if algo is find_algo(plain) else choice)
+    if problem := _lacking(q, held, target) or _parts(q, held, target, dtype):
+        return problem
+    return plain if find_algo(held) is find_algo(plain) else held
 
 
 def _named_alike(choices: Mapping[str, Choice]) -> dict[str, Choice]:
@@ -131,26 +137,35 @@ def _name_of(fmt: Format) -> str | None:
     return None
 
 
-def _parts(q: QTensor, choice: Choice, algo: Algo, dtype: np.dtype) -> str | None:
-    """What is wrong with the arrays of `q`."""
-    static = choice.static_input
-    if q.input_scale is None and static and not algo.engine_scales_inputs:
+def _lacking(q: QTensor, choice: Choice, target: Target) -> str | None:
+    """What `q` has and the layout has no place for, or the other way round."""
+    algo: Algo | None = find_algo(choice) if "pre_quant_scale" in target.leaves else None
+    name = target.name if algo is None else algo.quant_algo
+    static, optional = choice.static_input, algo is not None and algo.engine_scales_inputs
+    if q.input_scale is None and static and not optional:
         return f"has no input_scale, which {choice.input} inputs need: calibrate it"
     if q.input_scale is not None and not static:
         return f"has an input_scale, and {choice.input} inputs have none"
-    if q.pre_quant_scale is not None and not algo.smoothed:
-        return f"has a pre_quant_scale, which {algo.quant_algo} does not store"
-    if q.low_rank is not None and not algo.low_rank:
-        return f"has a low-rank part, which {algo.quant_algo} does not store"
+    if q.pre_quant_scale is not None and not (algo and algo.smoothed):
+        return f"has a pre_quant_scale, which {name} does not store"
+    if q.low_rank is not None and not (algo and algo.low_rank):
+        return f"has a low-rank part, which {name} does not store"
+    return None
+
+
+def _parts(q: QTensor, choice: Choice, target: Target, dtype: np.dtype) -> str | None:
+    """What is wrong with the arrays of `q`."""
     if (have := tuple(q.scale.shape)) != (grid := grid_shape(q.format, q.shape)):
         return f"has scales of shape {have}, {q.format.name} has {grid} for {q.shape}"
-    found = outputs("q", choice.weight or "", q.shape, dtype, static)
+    found = target.outputs("q", choice, q.shape, dtype, q.input_scale is not None)
     wanted = {t.name: t for t in (*found, *beside_codes("q", q, dtype))}
-    for name, array in named("q", q).items():
+    for name, array in target.named("q", q).items():
         leaf, want = name.removeprefix("q."), wanted[name]
         dtype, shape = np.dtype(getattr(array, "dtype", float)), np.shape(array)
         if (dtype, shape) != (DTYPES[want.dtype], want.shape):
-            asked = f"{algo.quant_algo} stores {want.dtype} {want.shape}"
+            algo = find_algo(choice) if "pre_quant_scale" in target.leaves else None
+            called = target.name if algo is None else algo.quant_algo
+            asked = f"{called} stores {want.dtype} {want.shape}"
             return f"has a {leaf} that is {dtype.name} {shape}, and {asked}"
     return None
 

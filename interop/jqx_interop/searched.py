@@ -26,7 +26,6 @@ from jqx.tensors import QTensor
 
 from .choices import input_bound
 from .job import Job
-from .targets import TARGETS
 from .weights import Groups, alike, checked_amax, one_scale, read_tensor
 
 Named = tuple[str, np.ndarray]
@@ -197,7 +196,7 @@ class Search:
         self.facts[path] = {k: float(v) for k, v in linear.facts.items() if not np.ndim(v)}
         if job.settings.report:
             self.facts[path] |= self._measured(path, q)
-        named = TARGETS[job.settings.target].named(path, q)
+        named = job.target.named(path, q)
         yield from ((name, np.asarray(array)) for name, array in named.items())
         job.checkpoint.release(path + ".weight")
 

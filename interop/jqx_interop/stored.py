@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints to run: plain ones, and quantized ones in ModelOpt's unified layout, whose weights
-stay as they are stored.
+"""Checkpoints to run: plain ones, and quantized ones in a layout of TARGETS, whose weights stay as
+they are stored.
 
 `open_model` looks at descriptions and headers alone; `read_params` and `read_block` read numbers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,27 @@ from .checkpoints import (
 from .families import spec_from_config
 from .inventory import FLOATS
 from .job import optional_tensors, own_head
-from .stored_checks import COMPANIONS, bad_numbers, kv_tensors, linear_shapes, stored_problems
-from .targets import Stated, choices_of, gathered, kv_of, read_stated
+from .stored_checks import bad_numbers, kv_tensors, linear_shapes, stored_problems
+from .targets import (
+    METHOD,
+    TARGETS,
+    Described,
+    Stated,
+    Target,
+    choices_of,
+    ct_config,
+    kv_of,
+    read_described,
+    read_stated,
+)
 
 HF_QUANT = "hf_quant_config.json"
+NOTE = "jqx:"
+"""What the names of notes begin with."""
+
+SCALARS = ("weight_scale_2", "input_scale", "weight_global_scale", "input_global_scale")
+"""Scales of a whole tensor, of all layouts, that a note may keep."""
+
 ALIGNMENT = 64  # bytes; XLA's CPU backend shares host memory at multiples of it
 
 
@@ -45,13 +63,15 @@ class Source:
     """A checkpoint that can be run.
 
     `spec` says how keys and values are cached too; `choices` holds the formats of the quantized
-    linears in module order, none for plain checkpoints; `dtype` is the model's own.
+    linears in module order, none for plain checkpoints; `dtype` is the model's own; `target` the
+    layout of quantized ones.
     """
 
     checkpoint: Checkpoint
     spec: ModelSpec
     choices: Mapping[str, Choice]
     dtype: np.dtype
+    target: Target = TARGETS["modelopt"]
 
 
 def open_model(model: str | Path) -> Source:
@@ -64,21 +84,27 @@ def open_model(model: str | Path) -> Source:
     try:
         plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         spec = spec_from_config(plain)
-        stated = read_stated(
-            checkpoint.config.get("quantization_config"), read_beside(checkpoint.path, HF_QUANT)
-        )
+        said, target = _said(checkpoint)
         dtype = DTYPES[_float_dtype(checkpoint)]
         choices: Mapping[str, Choice] = {}
-        if stated is None:
+        if said is None:
             check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
         else:
-            spec, choices = _quantized(checkpoint, spec, stated, dtype)
+            spec, choices = _quantized(checkpoint, spec, said, target, dtype)
     except InputError as error:
         where, message = str(checkpoint.path), str(error)
         told = message if where in message else f"{where}: {message}"
         raise InputError(one_line(told)) from error
     spec = own_head(checkpoint, spec)
-    return Source(checkpoint=checkpoint, spec=spec, choices=choices, dtype=dtype)
+    return Source(checkpoint=checkpoint, spec=spec, choices=choices, dtype=dtype, target=target)
+
+
+def _said(checkpoint: Checkpoint) -> tuple[Stated | Described | None, Target]:
+    """What the descriptions say, and the layout they are of."""
+    inline = checkpoint.config.get("quantization_config")
+    if isinstance(inline, Mapping) and inline.get("quant_method") == METHOD:
+        return read_described(inline), TARGETS[METHOD]
+    return read_stated(inline, read_beside(checkpoint.path, HF_QUANT)), TARGETS["modelopt"]
 
 
 def read_params(
@@ -94,23 +120,25 @@ def read_params(
     """
     leaves: dict[str, Any] = {}
     problems: list[str] = []
-    beside = {tensor.name for tensor in kv_tensors(source.spec, source.dtype)}
+    beside = {t.name: t.stored(source.target).name for t in kv_tensors(source.spec, source.dtype)}
     shapes = param_shapes(source.spec)
     for name in names:
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and path in source.choices:
-            arrays = dict(_arrays(source, path, problems))
-            q = gathered(arrays, source.choices[path], shapes[name], source.dtype)
+            arrays = stored_arrays(source, path)
+            problems += _problems(path, arrays)
+            q = source.target.gathered(arrays, source.choices[path], shapes[name], source.dtype)
             leaves[name] = jax.tree.map(copied, q)
-            for part in arrays:
-                source.checkpoint.release(f"{path}.{part}")
+            for part in source.target.leaves:
+                if (stored := f"{path}.{part}") in source.checkpoint.tensors:
+                    source.checkpoint.release(stored)
         else:
             leaves[name] = plain(source, name, cast)
         if leaf == "weight":
             for letter in "kv":
                 for extra in (f"{path}.{letter}_scale", f"{path}.{letter}_bias"):
                     if extra in beside:
-                        leaves[extra] = _checked(source, extra, problems)
+                        leaves[extra] = _checked(source, beside[extra], problems)
     if problems:
         refuse(source.checkpoint.path, problems, "The checkpoint is damaged.")
     return unflatten(leaves)
@@ -126,24 +154,33 @@ def read_block(source: Source, i: int, compute: Compute) -> dict[str, Any]:
 
 
 def _quantized(
-    checkpoint: Checkpoint, spec: ModelSpec, stated: Stated, dtype: np.dtype
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    said: Stated | Described,
+    target: Target,
+    dtype: np.dtype,
 ) -> tuple[ModelSpec, Mapping[str, Choice]]:
     """`spec` with the format of its cache, and the formats of its quantized linears, checked
     against the headers.
     """
     have, linears = checkpoint.tensors, linear_shapes(spec)
-    names = (f"{path}.weight_scale" for path in linears)
-    scales = {n.rpartition(".")[0]: have[n].shape for n in names if n in have}
-    choices = choices_of(stated, linears, scales)
     leaves = {name.rpartition(".")[2] for name in have}
-    kv = kv_of(stated.kv, scales="k_scale" in leaves, biases="k_bias" in leaves)
+    problems: list[str] = []
+    if isinstance(said, Described):
+        choices = ct_config.choices_of(said, linears)
+        kv = ("fp8" if "k_scale" in leaves else "fp8_cast") if said.kv else None
+    else:
+        names = (f"{path}.weight_scale" for path in linears)
+        scales = {n.rpartition(".")[0]: have[n].shape for n in names if n in have}
+        choices = choices_of(said, linears, scales)
+        kv = kv_of(said.kv, scales="k_scale" in leaves, biases="k_bias" in leaves)
+        problems += [
+            f"{path} is described as quantized and is no linear of the model"
+            for path in said.layers or ()
+            if path not in linears
+        ]
     spec = replace(spec, kv_cache=kv)
-    problems = [
-        f"{path} is described as quantized and is no linear of the model"
-        for path in stated.layers or ()
-        if path not in linears
-    ]
-    problems += stored_problems(checkpoint, spec, choices, dtype, optional_tensors(spec))
+    problems += stored_problems(checkpoint, spec, choices, dtype, target, optional_tensors(spec))
     if problems:
         refuse(
             checkpoint.path, problems, "The descriptions and the weights do not belong together."
@@ -151,14 +188,40 @@ def _quantized(
     return spec, choices
 
 
-def _arrays(source: Source, path: str, problems: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The stored arrays of a quantized linear by leaf name; what is wrong goes to `problems`."""
-    for leaf in ("weight", *COMPANIONS):
-        if (name := f"{path}.{leaf}") in source.checkpoint.tensors:
-            array = source.checkpoint.read(name)
-            if problem := bad_numbers(name, array):
-                problems.append(problem)
-            yield leaf, array
+def stored_arrays(
+    source: Source, path: str, leaves: Iterable[str] | None = None
+) -> dict[str, np.ndarray]:
+    """The stored arrays of a quantized linear by leaf name, all of its layout that are there or
+    some; and what a note says of scales of another layout.
+    """
+    have = source.checkpoint.tensors
+    wanted = source.target.leaves if leaves is None else leaves
+    found = {
+        leaf: source.checkpoint.read(name) for leaf in wanted if (name := f"{path}.{leaf}") in have
+    }
+    exact = exact_notes(source.checkpoint)
+    noted = {leaf: exact[f"{path}.{leaf}"] for leaf in SCALARS if f"{path}.{leaf}" in exact}
+    return {**found, **noted}
+
+
+@lru_cache(maxsize=4)
+def exact_notes(checkpoint: Checkpoint) -> Mapping[str, np.ndarray]:
+    """Scales that a note keeps: name in the layout where a number lies as it is -> float32 []."""
+    found = {}
+    for name, text in checkpoint.notes.items():
+        if name.startswith(NOTE):
+            try:
+                value = np.float32(float.fromhex(text))
+            except (ValueError, OverflowError):
+                raise InputError(f"its note {name} is {text[:40]!r}, not a number") from None
+            found[name.removeprefix(NOTE)] = np.asarray(value)
+    return found
+
+
+def _problems(path: str, arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """What is wrong with the numbers of a quantized linear."""
+    found = (bad_numbers(f"{path}.{leaf}", array) for leaf, array in arrays.items())
+    return [problem for problem in found if problem]
 
 
 def plain(source: Source, name: str, cast: DTypeLike | None = None) -> jax.Array:

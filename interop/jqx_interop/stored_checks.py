@@ -6,6 +6,7 @@ first, and their numbers when they are read.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,10 +17,10 @@ from jqx.models import ModelSpec, block_prefix, kinds, param_shapes
 
 from .checkpoints import Checkpoint, TensorInfo, TensorOut, dtype_name
 from .inventory import FLOATS
-from .targets import INNER, OUTER, find_algo, input_factor, low_rank_factors, outputs
+from .targets import INNER, OUTER, Target, find_algo, input_factor, low_rank_factors
 
-COMPANIONS = ("weight_scale", "input_scale", "weight_scale_2", "pre_quant_scale", INNER, OUTER)
-"""The leaves of a quantized linear beside its codes."""
+CODES = ("weight", "weight_packed", "weight_shape", "bias")
+"""Leaves of a linear that are no scales."""
 
 
 def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -37,12 +38,13 @@ def stored_problems(
     spec: ModelSpec,
     choices: Mapping[str, Choice],
     dtype: np.dtype,
+    target: Target,
     optional: Iterable[str],
 ) -> list[str]:
     """What is wrong with names, dtypes and shapes, one phrase each.
 
-    `choices`: the formats of quantized linears; `dtype`: the model's; `optional`: globs of tensors
-    that may be present though nothing needs them.
+    `choices`: the formats of quantized linears; `dtype`: the model's; `target`: the layout;
+    `optional`: globs of tensors that may be present though nothing needs them.
     """
     have, linears = checkpoint.tensors, linear_shapes(spec)
     expected: dict[str, TensorOut] = {}
@@ -60,31 +62,51 @@ def stored_problems(
                 problems.append(f"{path}: {error}")
                 told.add(path)
             else:
-                expected |= {t.name: t for t in _linear(have, path, choice, shape, dtype)}
+                linear = _linear(have, path, choice, (shape, dtype), target)
+                expected |= {t.name: t for t in linear}
         else:
             expected[name] = TensorOut(name, "", shape)
-    expected |= {t.name: t for t in kv_tensors(spec, dtype)}
+    expected |= {t.name: t for t in (kv.stored(target) for kv in kv_tensors(spec, dtype))}
     for tensor in expected.values():
         problems += _differs(have.get(tensor.name), tensor)
     for name in have:
         known = name in expected or any(fnmatchcase(name, glob) for glob in optional)
         if not known and _apart_of(name)[0] not in told:
-            problems.append(_unknown(name, linears))
+            problems.append(_unknown(name, linears, target))
     return problems
 
 
-def kv_tensors(spec: ModelSpec, dtype: np.dtype) -> Iterator[TensorOut]:
+class KvTensor(NamedTuple):
+    """The scale or bias `leaf` of the keys or values that the linear `path` makes."""
+
+    path: str
+    leaf: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """What it is called in a tree of parameters."""
+        return f"{self.path}.{self.leaf}"
+
+    def stored(self, target: Target) -> TensorOut:
+        """The tensor that it is in the files of a layout."""
+        shape = target.kv_shape if self.leaf.endswith("_scale") else self.shape
+        return TensorOut(target.kv_name(self.path, self.leaf), self.dtype, shape)
+
+
+def kv_tensors(spec: ModelSpec, dtype: np.dtype) -> Iterator[KvTensor]:
     """The scales and biases of stored keys and values; biases have the `dtype` of the model."""
     if spec.kv_cache is None or KV_FORMATS[spec.kv_cache].cast:
         return
     for i, kind in enumerate(kinds(spec)):
         row = kind.attention
         for name, letter in ((spec.names.k, "k"), (spec.names.v, "v")):
-            path = f"{block_prefix(spec, i)}.{name}.{letter}"
-            yield TensorOut(f"{path}_scale", "F32", ())
+            path = f"{block_prefix(spec, i)}.{name}"
+            yield KvTensor(path, f"{letter}_scale", "F32", ())
             if KV_FORMATS[spec.kv_cache].affine:
                 shape = (1, row.kv_heads, 1, row.head_dim)
-                yield TensorOut(f"{path}_bias", dtype_name(dtype), shape)
+                yield KvTensor(path, f"{letter}_bias", dtype_name(dtype), shape)
 
 
 def bad_numbers(name: str, array: np.ndarray) -> str | None:
@@ -93,7 +115,7 @@ def bad_numbers(name: str, array: np.ndarray) -> str | None:
     Block scales may be zero, as a block that underflows has it; every other scale is positive.
     """
     leaf = _apart_of(name)[1]
-    if leaf in ("weight", "bias") or not array.size:
+    if leaf in CODES or not array.size:
         return None
     if array.dtype == np.uint8:
         wrong, what = array == 255, "NaN"
@@ -126,21 +148,21 @@ def _linear(
     have: Mapping[str, TensorInfo],
     path: str,
     choice: Choice,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
+    like: tuple[tuple[int, ...], np.dtype],
+    target: Target,
 ) -> Iterator[TensorOut]:
-    """The tensors of a quantized linear, with what it may have besides if it has it."""
-    algo = find_algo(choice)
-    assert algo is not None
-    given = f"{path}.input_scale" in have
-    has_input_scale = choice.static_input and (given or not algo.engine_scales_inputs)
-    yield from outputs(path, choice.weight or "", shape, dtype, has_input_scale)
-    factor = input_factor(path, shape, dtype)
-    if factor.name in have:
+    """The tensors of a quantized linear, with what it may have besides if it has it; `like`: the
+    shape and dtype of its weight.
+    """
+    algo, given = find_algo(choice), f"{path}.input_scale" in have
+    optional = algo is not None and algo.engine_scales_inputs
+    yield from target.outputs(path, choice, *like, choice.static_input and (given or not optional))
+    factor = input_factor(path, *like)
+    if factor.name in have and "pre_quant_scale" in target.leaves:
         yield factor
     rank = _rank(have, path)
-    if algo.low_rank and rank is not None:
-        yield from low_rank_factors(path, shape, rank, dtype)
+    if algo is not None and algo.low_rank and rank is not None:
+        yield from low_rank_factors(path, like[0], rank, like[1])
 
 
 def _rank(have: Mapping[str, TensorInfo], path: str) -> int | None:
@@ -163,9 +185,9 @@ def _differs(found: TensorInfo | None, wanted: TensorOut) -> Iterator[str]:
         yield f"tensor {wanted.name} has dtype {found.dtype}, it should have {asked}"
 
 
-def _unknown(name: str, linears: Mapping[str, object]) -> str:
+def _unknown(name: str, linears: Mapping[str, object], target: Target) -> str:
     path, leaf = _apart_of(name)
-    if leaf in COMPANIONS and path not in linears:
+    if leaf in target.leaves and leaf != "weight" and path not in linears:
         return f"tensor {name} belongs to no linear of the model"
     return f"tensor {name} is not part of the model"
 

@@ -152,6 +152,7 @@ def kv_tensors(
     for linear, letter in ((attention.k, "k"), (attention.v, "v")):
         if (path := f"{attention.path}.{letter}") in stats.kv:
             amax, bias = stats.kv[path]
-            yield f"{linear}.{letter}_scale", np.asarray(kv_scale(amax, path), np.float32)
+            scale = np.asarray(kv_scale(amax, path), np.float32)
+            yield job.target.kv_name(linear, f"{letter}_scale"), scale.reshape(job.target.kv_shape)
             if bias is not None:
-                yield f"{linear}.{letter}_bias", bias
+                yield job.target.kv_name(linear, f"{letter}_bias"), bias

@@ -22,7 +22,6 @@ from jqx.tensors import QTensor
 
 from .choices import input_bound
 from .job import Job
-from .targets import TARGETS
 
 Groups = list[tuple[str, ...]]
 """Linears that read one input together."""
@@ -97,7 +96,7 @@ def encode_group(
     `inputs` has the statistics of the linears whose inputs get a stored scale. Raises InputError
     naming a weight that is not finite.
     """
-    named = TARGETS[job.settings.target].named
+    named = job.target.named
     for path, q in stored_group(job, members):
         choice = job.choices[path]
         if (bound := input_bound(job.config, choice)) is not None:

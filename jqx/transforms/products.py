@@ -109,7 +109,8 @@ def _ragged_dot(
     [(_, members)], own = met.batch, met.view.axes[q.stack[0]]
     if met.groups.shape != (q.shape[q.stack[0]],) or _axes(members) != _axes(own):
         return None
-    y = _multiplied(grouped_matmul, met, q, (_rows(met, free), met.groups), implementation)
+    sizes = jnp.asarray(met.groups)  # a constant is a NumPy array
+    y = _multiplied(grouped_matmul, met, q, (_rows(met, free), sizes), implementation)
     return y.reshape(y.shape[0], *(q.shape[axis] for axis in q.rows))
 
 

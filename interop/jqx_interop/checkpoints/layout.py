@@ -10,8 +10,8 @@ other bytes than the file holds is described, never followed.
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -65,10 +65,13 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file's header promises, in file order, and everything that is wrong with it."""
+    """What a file's header promises, in file order, and everything that is wrong with it; `notes`
+    are the metadata that are texts.
+    """
 
     tensors: tuple[TensorInfo, ...]
     problems: tuple[str, ...]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def dtype_name(dtype: np.dtype) -> str:
@@ -81,13 +84,15 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def encode_header(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
+def encode_header(
+    entries: Iterable[tuple[str, str, tuple[int, ...]]], notes: Mapping[str, str] | None = None
+) -> bytes:
     """Length and header of a file that holds (name, dtype, shape) entries in this order.
 
     Byte for byte what the format's own writer produces with metadata {"format": "pt"}: compact
-    JSON in UTF-8, padded with spaces to a multiple of eight.
+    JSON in UTF-8, padded with spaces to a multiple of eight. `notes` are more metadata.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(notes or {})}}
     begin = 0
     for name, dtype, shape in entries:
         end = begin + nbytes(dtype, shape)
@@ -146,7 +151,9 @@ def read_header(path: Path) -> Header:
     tensors.sort(key=lambda t: (t.start, t.end))
     if not problems:
         problems += [f"{path.name} {p}" for p in _offset_problems(tensors, base, size)]
-    return Header(tuple(tensors), tuple(problems))
+    said = entries.get("__metadata__")
+    notes = {k: v for k, v in said.items() if isinstance(v, str)} if isinstance(said, dict) else {}
+    return Header(tuple(tensors), tuple(problems), notes)
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

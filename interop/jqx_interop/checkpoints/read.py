@@ -8,7 +8,7 @@ opened.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]  # in file order, shard after shard
     files: tuple[Path, ...]  # the safetensors files
     mapped: MappedTensors
+    notes: Mapping[str, str] = field(default_factory=dict)  # metadata of the files
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name` as a read-only view of its file, in its stored dtype.
@@ -61,9 +62,11 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     config = _read_object(path / "config.json", problems)
     files, weight_map = _weight_files(path, problems)
     tensors: dict[str, TensorInfo] = {}
+    notes: dict[str, str] = {}
     damaged = set()
     for file in files:
         header = read_header(file)
+        notes |= header.notes
         problems += header.problems
         if header.problems:
             damaged.add(file.name)
@@ -78,7 +81,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         problems.append("its safetensors files hold no tensors")
     if problems:
         refuse(model, problems)
-    return Checkpoint(path, config, tensors, files, MappedTensors(tensors.values()))
+    return Checkpoint(path, config, tensors, files, MappedTensors(tensors.values()), notes)
 
 
 def read_beside(folder: Path, name: str) -> dict[str, Any] | None:

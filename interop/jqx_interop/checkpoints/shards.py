@@ -7,7 +7,7 @@ file is that of the safetensors serializer, so equal tensors give equal files.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jqx.errors import InputError
@@ -73,9 +73,12 @@ def parse_size(text: str | int) -> int:
 
 
 def plan_shards(
-    tensors: Iterable[TensorOut], max_shard_size: str | int = "10GB"
+    tensors: Iterable[TensorOut],
+    max_shard_size: str | int = "10GB",
+    notes: Mapping[str, str] | None = None,
 ) -> tuple[ShardPlan, ...]:
-    """Distribute tensors, given in module order, over files of at most `max_shard_size`.
+    """Distribute tensors, given in module order, over files of at most `max_shard_size`. `notes`
+    are metadata of the first file.
 
     Greedy in order: a file is closed when the next tensor would make it too large. A tensor
     larger than the limit gets a file of its own and does not close the current one. One file is
@@ -101,17 +104,19 @@ def plan_shards(
         raise ValueError(f"{len(names)} tensors with {len(set(names))} names cannot be planned")
     stem, count = SINGLE.removesuffix(".safetensors"), len(shards)
     if count == 1:
-        return (plan_file(SINGLE, shards[0]),)
+        return (plan_file(SINGLE, shards[0], notes),)
     return tuple(
-        plan_file(f"{stem}-{i:05d}-of-{count:05d}.safetensors", shard)
+        plan_file(f"{stem}-{i:05d}-of-{count:05d}.safetensors", shard, None if i > 1 else notes)
         for i, shard in enumerate(shards, 1)
     )
 
 
-def plan_file(file: str, shard: Iterable[TensorOut]) -> ShardPlan:
-    """All these tensors in one file."""
+def plan_file(
+    file: str, shard: Iterable[TensorOut], notes: Mapping[str, str] | None = None
+) -> ShardPlan:
+    """All these tensors in one file; `notes` are its metadata."""
     ordered = sorted(shard, key=lambda t: (RANK[t.dtype], t.name))
-    header = encode_header((t.name, t.dtype, t.shape) for t in ordered)
+    header = encode_header(((t.name, t.dtype, t.shape) for t in ordered), notes)
     starts, position = [], len(header)
     for tensor in ordered:
         starts.append(position)

@@ -16,7 +16,7 @@ import typer
 
 from jqx.errors import InputError
 
-from . import calibrate, compare, demo, generate, inspect, quantize, rotate, tables, tune
+from . import calibrate, compare, demo, export, generate, inspect, quantize, rotate, tables, tune
 from .console import err
 from .eval import evaluate
 
@@ -64,6 +64,7 @@ app.command(rich_help_panel="Quantize")(
     told(calibrate.calibrate, "interrupted; the same command goes on where it was")
 )
 app.command(rich_help_panel="Quantize")(told(rotate.rotate))
+app.command(rich_help_panel="Quantize")(told(export.export))
 app.command(rich_help_panel="Look")(told(inspect.inspect))
 app.command(rich_help_panel="Look")(told(compare.compare))
 app.command("eval", rich_help_panel="Look")(told(evaluate))

@@ -11,7 +11,10 @@ from jqx_interop.targets import INNER, OUTER
 
 from .metrics import COMPARED, Sums
 
-STORED = ("weight", "weight_scale", "weight_scale_2", INNER, OUTER)
+STORED = (
+    *("weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale"),
+    *(INNER, OUTER),
+)
 """The leaves of a quantized linear that stand for its weights."""
 
 

@@ -28,6 +28,11 @@ from jqx_interop.checkpoints import TensorOut, dtype_name
 Grid = tuple[int, ...]
 
 INNER, OUTER = "weight_quantizer._svdquant_lora_a", "weight_quantizer._svdquant_lora_b"
+LEAVES = (
+    *("weight", "weight_scale", "input_scale", "weight_scale_2", "pre_quant_scale"),
+    *(INNER, OUTER),
+)
+"""The names of all arrays a linear may have."""
 
 SCALE_SHAPES: Mapping[str, Callable[[Grid], Grid]] = {
     "fp8_channel": lambda grid: grid[:-1],
@@ -54,14 +59,14 @@ def named(path: str, q: QTensor) -> dict[str, ArrayLike]:
 
 
 def outputs(
-    path: str, name: str, shape: tuple[int, ...], dtype: np.dtype, has_input_scale: bool
+    path: str, choice: Choice, shape: tuple[int, ...], dtype: np.dtype, has_input_scale: bool
 ) -> list[TensorOut]:
-    """What `named` will give for a weight of `shape` and `dtype` stored in the format `name`, but
-    for `input_factor`.
+    """What `named` will give for a weight of `shape` and `dtype` stored as `choice` says, but for
+    `input_factor` and `low_rank_factors`.
     """
     return [
         TensorOut(f"{path}.{leaf}", kind, size)
-        for leaf, kind, size in _leaves(name, shape, dtype.name, has_input_scale)
+        for leaf, kind, size in _leaves(choice.weight or "", shape, dtype.name, has_input_scale)
     ]
 
 
@@ -85,7 +90,7 @@ def low_rank_factors(
 def _leaves(
     name: str, shape: tuple[int, ...], dtype: str, has_input_scale: bool
 ) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    q = _abstract(name, shape, dtype)
+    q = abstract(name, shape, dtype)
     reshape = SCALE_SHAPES.get(base_format(name), lambda grid: grid)
     leaves = [
         ("weight", dtype_name(np.dtype(q.codes.dtype)), tuple(q.codes.shape)),
@@ -99,7 +104,7 @@ def _leaves(
 
 
 @lru_cache(maxsize=256)
-def _abstract(name: str, shape: tuple[int, ...], dtype: str) -> QTensor:
+def abstract(name: str, shape: tuple[int, ...], dtype: str) -> QTensor:
     """A weight of `shape` and `dtype` in the format `name`: shapes in place of arrays."""
     return jax.eval_shape(
         lambda w: QTensor.quantize(w, find_format(name)),
@@ -130,7 +135,7 @@ def gathered(
     """The QTensor of a weight of `shape` and `dtype` from its stored arrays by leaf name: what
     `named` takes apart. It holds views of them.
     """
-    like = _abstract(choice.weight or "", shape, dtype.name)
+    like = abstract(choice.weight or "", shape, dtype.name)
 
     def leaf(name: str, form: tuple[int, ...]) -> np.ndarray | None:
         return arrays[name].reshape(form) if name in arrays else None

@@ -18,8 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jqx_kernels.bits import divide
 from jqx_kernels.dispatch import Device
-from jqx_kernels.matmul.gpu_tiles import VALUES as VALUES
-from jqx_kernels.matmul.gpu_tiles import lacks_gpu
+from jqx_kernels.matmul.gpu_tiles import VALUES, lacks_gpu
 from jqx_kernels.matmul.planes import PARTS
 from jqx_kernels.matmul.reference import NT, operand_dtype, precision
 from jqx_kernels.matmul.values import numbers

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jqx export`: a quantized checkpoint in another layout."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import MODEL, Bars, out, print_json, size
+
+
+def complete_targets(incomplete: str) -> list[str]:
+    """The names `--target` takes that begin like `incomplete`."""
+    from jqx_interop.targets import TARGETS
+
+    return [name for name in TARGETS if name.startswith(incomplete)]
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="QUANTIZED", help=MODEL)],
+    destination: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="A new directory. It appears when it is complete."),
+    ],
+    target: Annotated[
+        str,
+        typer.Option(help="The layout: see `jqx targets`.", autocompletion=complete_targets),
+    ],
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "10GB",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write the quantized checkpoint QUANTIZED in another layout to OUT.
+
+    Codes and scales stay what they are: nothing is quantized again, and back again it has the bytes
+    it began with.
+    """
+    from jqx_interop.exporting import export as convert
+    from jqx_interop.exporting import facts
+
+    with Bars() as bars:
+        how = {"max_shard_size": max_shard_size, "progress": bars}
+        done = convert(model, destination, target, **how)
+    if as_json:
+        print_json(dict(facts(done)))
+    else:
+        told = f"{done.linears} linears from {done.source} to {done.target}, {size(done.bytes)}"
+        out.print(f"{destination}: {told}", markup=False)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""export: a quantized checkpoint becomes one in another layout, its codes and scales as they are.
+
+One linear is in memory at a time. What a layout stores by its reciprocal may not come back to the
+last bit; a note in the metadata of the first file then keeps it, so that a checkpoint that goes
+back has the bytes it began with.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jqx.config import Choice
+from jqx.errors import InputError, nearest
+from jqx.models import param_shapes
+
+from .checkpoints import ShardWriter, TensorOut, Workspace, plan_shards, refuse, small_files, told
+from .describe import describe
+from .progress import Progress, Silent
+from .saving import unquantized
+from .stored import NOTE, SCALARS, Source, exact_notes, open_model, stored_arrays
+from .stored_checks import kv_tensors
+from .targets import RECIPROCALS, TARGETS, Target, companions, inexact_scales
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """What was written: the two layouts, linears in the new one, bytes of tensors, notes."""
+
+    source: str
+    target: str
+    linears: int
+    bytes: int
+    notes: int
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    target: str,
+    *,
+    max_shard_size: int | str = "10GB",
+    progress: Progress | None = None,
+) -> Exported:
+    """Write the quantized checkpoint `model` to the directory `out` in the layout `target`, a row
+    of TARGETS; it appears complete or not at all. Nothing is quantized again.
+
+    Raises InputError if `model` is not quantized, or holds what the layout has no place for, and if
+    `out` exists and is no empty directory.
+    """
+    if target not in TARGETS:
+        raise nearest(target, TARGETS, "target")
+    source, row, progress = open_model(model), TARGETS[target], progress or Silent()
+    _check(source, row)
+    notes = _notes(source, row)
+    outputs = list(_outputs(source, row))
+    plans = plan_shards(outputs, max_shard_size, {f"{NOTE}{k}": v for k, v in notes.items()})
+    with Workspace(out, source.checkpoint.path) as space, told(space.directory):
+        space.begin({"export": [plan.file for plan in plans]})
+        progress.phase("writing", sum(t.nbytes for t in source.checkpoint.tensors.values()))
+        with ShardWriter(space.files, plans) as writer:
+            for name, array in _arrays(source, row, progress):
+                writer.write(name, array)
+            writer.finish()
+        for file in small_files(source.checkpoint):
+            shutil.copyfile(file, space.files / file.name)
+        config = source.checkpoint.config
+        rest = unquantized(source.spec, config, source.choices)
+        describe(space.files, config, (source.choices, rest, source.spec.kv_cache), target)
+        space.publish()
+    size = sum(tensor.nbytes for tensor in outputs)
+    return Exported(
+        source=source.target.name,
+        target=target,
+        linears=len(source.choices),
+        bytes=size,
+        notes=len(notes),
+    )
+
+
+def _check(source: Source, row: Target) -> None:
+    """Raises InputError for what the layout has no name or no place for."""
+    where = source.checkpoint.path
+    if not source.choices:
+        raise InputError(f"{where} is not quantized: jqx quantize --target {row.name} does that")
+    problems = [
+        f"{path} is {_told(choice)}, for which {row.name} has no name"
+        for path, choice in source.choices.items()
+        if not row.supports(choice)
+    ]
+    factor, held = "pre_quant_scale", source.checkpoint.tensors
+    problems += [
+        f"{path} has a {factor}, for which {row.name} has no place"
+        for path in source.choices
+        if factor not in row.leaves and f"{path}.{factor}" in held
+    ]
+    if (kv := source.spec.kv_cache) is not None and kv not in row.kv_formats:
+        problems.append(f"keys and values are in {kv}, which {row.name} does not hold")
+    if problems:
+        refuse(where, problems, "Quantize the original with --target, by a recipe that it holds.")
+
+
+def _told(choice: Choice) -> str:
+    inputs = "" if choice.input is None else f" with {choice.input} inputs"
+    return f"{choice.weight}{inputs}" + (f" and {choice.variant} factors" if choice.variant else "")
+
+
+def _notes(source: Source, row: Target) -> dict[str, str]:
+    """Scales of the source, by name, that would not come back from the other layout."""
+    if source.target is row:
+        return {}
+    mine = "weight_scale_2" in source.target.leaves
+    of = RECIPROCALS if mine else {there: here for here, there in RECIPROCALS.items()}
+    found = {}
+    for path, choice in source.choices.items():
+        arrays = stored_arrays(source, path, SCALARS)
+        for leaf, scale in inexact_scales(choice, arrays, of).items():
+            found[f"{path}.{leaf}"] = float(scale).hex()
+    return found
+
+
+def _outputs(source: Source, row: Target) -> Iterator[TensorOut]:
+    """Every tensor that will be written: parameters in module order, then others as they lie."""
+    have, shapes = source.checkpoint.tensors, param_shapes(source.spec)
+    groups: dict[str, list[TensorOut]] = {}
+    first: dict[str, TensorOut] = {}
+    for path, choice in source.choices.items():
+        static = any(f"{path}.{leaf}" in have for leaf in ("input_scale", "input_global_scale"))
+        given = (choice, shapes[f"{path}.weight"], source.dtype, static)
+        first[f"{path}.weight"], *groups[path] = row.outputs(path, *given)
+    cached = list(kv_tensors(source.spec, source.dtype))
+    for tensor in cached:
+        groups.setdefault(tensor.path.rpartition(".")[0], []).append(tensor.stored(row))
+    after = companions(shapes, groups)
+    for name in shapes:
+        yield first[name] if name in first else _as_it_is(source, name)
+        yield from after.get(name, ())
+    known = {*shapes, *(tensor.stored(source.target).name for tensor in cached)}
+    known |= {f"{path}.{leaf}" for path in source.choices for leaf in source.target.leaves}
+    yield from (_as_it_is(source, name) for name in have if name not in known)
+
+
+def _as_it_is(source: Source, name: str) -> TensorOut:
+    info = source.checkpoint.tensors[name]
+    return TensorOut(name, info.dtype, tuple(info.shape))
+
+
+def _arrays(source: Source, row: Target, progress: Progress) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array by its new name."""
+    checkpoint, shapes = source.checkpoint, param_shapes(source.spec)
+    exact, left = exact_notes(checkpoint), set(checkpoint.tensors)
+    for path, choice in source.choices.items():
+        arrays = stored_arrays(source, path)
+        q = source.target.gathered(arrays, choice, shapes[f"{path}.weight"], source.dtype)
+        for name, array in row.named(path, q).items():
+            yield name, np.asarray(exact.get(name, array)).reshape(np.shape(array))
+        names = [name for leaf in source.target.leaves if (name := f"{path}.{leaf}") in left]
+        _done(source, names, progress)
+        left -= set(names)
+    for tensor in kv_tensors(source.spec, source.dtype):
+        old, new = tensor.stored(source.target), tensor.stored(row)
+        yield new.name, checkpoint.read(old.name).reshape(new.shape)
+        left.discard(old.name)
+    for name in sorted(left):
+        yield name, checkpoint.read(name)
+        _done(source, [name], progress)
+
+
+def _done(source: Source, names: list[str], progress: Progress) -> None:
+    for name in names:
+        source.checkpoint.release(name)
+        progress.advance(source.checkpoint.tensors[name].nbytes)
+
+
+def facts(done: Exported) -> Mapping[str, Any]:
+    """The same as plain JSON values."""
+    return {name: getattr(done, name) for name in Exported.__slots__}
