@@ -27,6 +27,9 @@ from jqx.errors import InputError
 from jqx.tensors import QTensor
 from jqx_interop.checkpoints import dtype_name
 from jqx_interop.evaluation.result import bits_per_weight
+from jqx_interop.job import prepare
+from jqx_interop.pipeline import _names_in
+from jqx_interop.settings import Settings
 from jqx_interop.stored import open_model
 from jqx_interop.targets import METHOD, TARGETS, ct_config, ct_layout
 from jqx_interop.targets.ct_schemes import SCHEMES, find_scheme
@@ -194,6 +197,16 @@ def test_quantizing_to_it_is_exporting_to_it(folders, tmp_path, recipe):
     assert configs[0] == configs[1]
     found, wanted = (bits_per_weight(open_model(tmp_path / folder)) for folder in ("ct", "mo"))
     assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_run_that_goes_on_knows_what_is_there(tmp_path, target):
+    base = exports.write_base(tmp_path / "llama", "llama")
+    acts = exports.write_activations(tmp_path / "acts.safetensors", "llama")
+    job = prepare(base, "fp8", Settings(target=target, kv_cache="fp8", activations=acts))
+    every = [_names_in(job, {unit}) for unit in range(len(job.inventory.units))]
+    assert set.union(*every) == {tensor.name for tensor in job.outputs}
+    assert sum(map(len, every)) == len(job.outputs)
 
 
 def test_other_readers_see_the_notes(folders, tmp_path):

@@ -62,15 +62,18 @@ class Attention:
     kv_heads: int
     head_dim: int
 
-    def outputs(self, kv: KVFormat, dtype: str, target: Target) -> list[TensorOut]:
-        """The tensors of its stored keys and values; biases have the `dtype` of the model."""
-        found = []
+    def outputs(self, job: "Job") -> list[TensorOut]:
+        """The tensors of its stored keys and values, where `job` stores them; biases have the dtype
+        of the model.
+        """
+        found, target = [], job.target
         for linear, letter in ((self.k, "k"), (self.v, "v")):
             name = target.kv_name(linear, f"{letter}_scale")
             found.append(TensorOut(name, "F32", target.kv_shape))
-            if kv.affine:
+            if job.kv_format.affine:
+                name = target.kv_name(linear, f"{letter}_bias")
                 shape = (1, self.kv_heads, 1, self.head_dim)
-                found.append(TensorOut(target.kv_name(linear, f"{letter}_bias"), dtype, shape))
+                found.append(TensorOut(name, dtype_name(job.dtype), shape))
         return found
 
 
@@ -339,5 +342,5 @@ def _companions(job: Job) -> dict[str, list[TensorOut]]:
     """
     groups = {path: job.linear_outputs(path)[1:] for path in job.choices}
     for attention in job.attentions if job.needs_kv else ():
-        groups[attention.path] = attention.outputs(job.kv_format, dtype_name(job.dtype), job.target)
+        groups[attention.path] = attention.outputs(job)
     return companions(job.inventory.tensors, groups)

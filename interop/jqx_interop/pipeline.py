@@ -192,11 +192,13 @@ def _names_in(job: Job, units: set[int]) -> set[str]:
     sources = {name for unit in units for name in job.inventory.units[unit]}
     paths = {name.rpartition(".")[0] for name in job.inventory.tensors}
     mine = {name.rpartition(".")[0] for name in sources}
-    return {
+    found = {
         tensor.name
         for tensor in job.outputs
         if tensor.name in sources or owner_of(tensor.name, paths) in mine
     }
+    kept = (a.outputs(job) for a in job.attentions if job.needs_kv and a.unit in units)
+    return found | {tensor.name for tensors in kept for tensor in tensors}
 
 
 def _work(
