@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jqx.algorithms import InputStats, Linear, stored
@@ -131,7 +130,7 @@ def encode_weight(w: np.ndarray, fmt: Format, whole: np.float32 | None) -> QTens
 
 
 def _encode_on_gpu(w: np.ndarray, whole: np.float32 | None, fmt: Format) -> QTensor:
-    encoded = encode_on_gpu(jnp.asarray(w), fmt, whole)
+    encoded = encode_on_gpu(jax.device_put(w, jax.devices()[0]), fmt, whole)
     return QTensor(*jax.device_get(encoded), format=fmt, dtype=w.dtype)
 
 

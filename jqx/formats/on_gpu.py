@@ -50,6 +50,7 @@ def encode_on_gpu(
     check_divides(fmt, w.shape)
     how: dict[str, Any] = {"storage": storage_of(fmt), "double_rounding": fmt.double_rounding}
     how |= {"implementation": "triton", "interpret": interpret}
+    how["device"] = device_of(next(iter(w.devices())))  # which need not be the default one
     rows, columns = fmt.block
     one = (rows, columns) == (None, None)
     if whole is None and (one or fmt.tensor_bound is not None):
