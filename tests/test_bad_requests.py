@@ -74,7 +74,7 @@ RECIPE_FILES = {
     "a number for a path": ("rules: [{path_glob: 8}]\n", ("recipe.yaml", "path_glob", "8")),
     "a pair without a layout": (
         "rules: [{weight: int4, input: int8, kind: linear}]\n",
-        ("0.self_attn.q_proj", "no layout", "int4", "int8"),
+        ("0.self_attn.q_proj", "modelopt has no name", "int4", "int8"),
     ),
     "embeddings": ("rules: [{weight: fp8, input: fp8}]\n", ("embed_tokens", "kind: linear")),
     "a head that is not reached": (
