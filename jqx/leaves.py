@@ -62,7 +62,7 @@ def stored_leaf(
     try:
         if isinstance(w, Tracer):
             return _with_inputs(encode(w, inputs=known)[0], choice, scale)
-        if _is_plain(steps) and stays_on_gpu(w, fmt):
+        if not _searched(steps) and stays_on_gpu(w, fmt):
             q, finite = quantize_on_gpu(w, fmt, layout), jnp.isfinite(w).all()
         else:  # wherever inputs were collected, they are needed where the parameter is encoded
             q, finite = _on_cpu(partial(encode, inputs=jax.device_get(known)), w)
@@ -76,9 +76,9 @@ def stored_leaf(
     return _placed(_with_inputs(q, choice, scale), w)
 
 
-def _is_plain(steps: tuple[Algorithm, ...]) -> bool:
-    """Whether scales reach the largest magnitudes of the weights, and no more is asked of them."""
-    return all(step.method == "max" for step in steps)
+def _searched(steps: tuple[Algorithm, ...]) -> list[str]:
+    """The algorithms that do more than to reach the largest magnitudes of the weights."""
+    return [step.method for step in steps if step.method != "max"]
 
 
 def _check_same(
@@ -87,11 +87,11 @@ def _check_same(
     """Raises InputError unless `q` can be what is asked for, with other scales of inputs."""
     told = f"{path} is quantized already"
     out = "dequantize it first (jqx.dequantize)"
+    searched = _searched(steps)
     if q.format != fmt:
         raise InputError(f"{told}, to {q.format.name} and not to {fmt.name}: {out}")
-    if not _is_plain(steps):
-        searched = next(step.method for step in steps if step.method != "max")
-        raise InputError(f"{told}, and {searched} starts from the weight: {out}")
+    if searched:
+        raise InputError(f"{told}, and {searched[0]} starts from the weight: {out}")
     if q.layout != layout:
         raise InputError(
             f"{told}, along the axes {q.columns} of {q.shape} and with the stack {q.stack}, which "

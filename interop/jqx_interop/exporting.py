@@ -7,8 +7,8 @@ back has the bytes it began with.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from jqx.models import param_shapes
 from .checkpoints import ShardWriter, TensorOut, Workspace, plan_shards, refuse, small_files, told
 from .describe import describe
 from .progress import Progress, Silent
-from .saving import unquantized
+from .saving import in_module_order, unquantized
 from .stored import NOTE, SCALARS, Source, exact_notes, open_model, stored_arrays
 from .stored_checks import kv_tensors
-from .targets import RECIPROCALS, TARGETS, Target, companions, inexact_scales
+from .targets import RECIPROCALS, TARGETS, Target, inexact_scales
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +36,10 @@ class Exported:
     linears: int
     bytes: int
     notes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
 
 
 def export(
@@ -126,19 +130,13 @@ def _notes(source: Source, row: Target) -> dict[str, str]:
 def _outputs(source: Source, row: Target) -> Iterator[TensorOut]:
     """Every tensor that will be written: parameters in module order, then others as they lie."""
     have, shapes = source.checkpoint.tensors, param_shapes(source.spec)
-    groups: dict[str, list[TensorOut]] = {}
-    first: dict[str, TensorOut] = {}
+    linears: dict[str, list[TensorOut]] = {}
     for path, choice in source.choices.items():
         static = any(f"{path}.{leaf}" in have for leaf in ("input_scale", "input_global_scale"))
         given = (choice, shapes[f"{path}.weight"], source.dtype, static)
-        first[f"{path}.weight"], *groups[path] = row.outputs(path, *given)
+        linears[path] = row.outputs(path, *given)
     cached = list(kv_tensors(source.spec, source.dtype))
-    for tensor in cached:
-        groups.setdefault(tensor.path.rpartition(".")[0], []).append(tensor.stored(row))
-    after = companions(shapes, groups)
-    for name in shapes:
-        yield first[name] if name in first else _as_it_is(source, name)
-        yield from after.get(name, ())
+    yield from in_module_order(shapes, linears, cached, row, lambda name: _as_it_is(source, name))
     known = {*shapes, *(tensor.stored(source.target).name for tensor in cached)}
     known |= {f"{path}.{leaf}" for path in source.choices for leaf in source.target.leaves}
     yield from (_as_it_is(source, name) for name in have if name not in known)
@@ -174,8 +172,3 @@ def _done(source: Source, names: list[str], progress: Progress) -> None:
     for name in names:
         source.checkpoint.release(name)
         progress.advance(source.checkpoint.tensors[name].nbytes)
-
-
-def facts(done: Exported) -> Mapping[str, Any]:
-    """The same as plain JSON values."""
-    return {name: getattr(done, name) for name in Exported.__slots__}

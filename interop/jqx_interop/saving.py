@@ -7,7 +7,7 @@ that `ptq` gives them.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from .describe import describe
 from .inventory import SCALED_EMBEDDINGS
 from .model import Model
 from .saving_checks import Content, beside_codes, content_of
-from .stored_checks import kv_tensors, linear_shapes
-from .targets import TARGETS, companions
+from .stored_checks import KvTensor, kv_tensors, linear_shapes
+from .targets import TARGETS, Target, companions
 
 
 def save(
@@ -67,19 +67,35 @@ def save(
 def _outputs(spec: ModelSpec, content: Content, target: str) -> Iterator[TensorOut]:
     """Every tensor that will be written, in module order."""
     shapes, row = param_shapes(spec), TARGETS[target]
-    groups: dict[str, list[TensorOut]] = {}
-    first: dict[str, TensorOut] = {}
+    linears: dict[str, list[TensorOut]] = {}
     for path, choice in content.choices.items():
         q = content.leaves[f"{path}.weight"]
         given = (choice, shapes[f"{path}.weight"], content.dtype, q.input_scale is not None)
-        first[f"{path}.weight"], *groups[path] = row.outputs(path, *given)
-        groups[path] += beside_codes(path, q, content.dtype)
-    for tensor in kv_tensors(spec, content.dtype):
-        path = tensor.path.rpartition(".")[0]
-        groups.setdefault(path, []).append(tensor.stored(row))
-    after = companions(shapes, groups)
-    for name, shape in shapes.items():
-        yield first.get(name) or TensorOut(name, dtype_name(content.dtype), shape)
+        linears[path] = row.outputs(path, *given) + beside_codes(path, q, content.dtype)
+    cached, dtype = kv_tensors(spec, content.dtype), dtype_name(content.dtype)
+    return in_module_order(
+        shapes, linears, cached, row, lambda name: TensorOut(name, dtype, shapes[name])
+    )
+
+
+def in_module_order(
+    names: Iterable[str],
+    linears: Mapping[str, list[TensorOut]],
+    cached: Iterable[KvTensor],
+    row: Target,
+    plain: Callable[[str], TensorOut],
+) -> Iterator[TensorOut]:
+    """The tensors of the parameters `names`: of quantized linears, by path, the codes first, in the
+    place of their weights, with those of `cached` keys and values in the layout `row`; of others
+    what `plain` gives.
+    """
+    groups = {path: beside for path, (_, *beside) in linears.items()}
+    for tensor in cached:
+        groups.setdefault(tensor.path.rpartition(".")[0], []).append(tensor.stored(row))
+    after = companions(names := list(names), groups)
+    for name in names:
+        path = name.removesuffix(".weight")
+        yield linears[path][0] if path != name and path in linears else plain(name)
         yield from after.get(name, ())
 
 

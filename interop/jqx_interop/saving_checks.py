@@ -137,10 +137,15 @@ def _name_of(fmt: Format) -> str | None:
     return None
 
 
+def _called(choice: Choice, target: Target) -> tuple[Algo | None, str]:
+    """The row of ALGOS of a layout that has one, and what formats are called in it."""
+    algo = find_algo(choice) if "pre_quant_scale" in target.leaves else None
+    return algo, target.name if algo is None else algo.quant_algo
+
+
 def _lacking(q: QTensor, choice: Choice, target: Target) -> str | None:
     """What `q` has and the layout has no place for, or the other way round."""
-    algo: Algo | None = find_algo(choice) if "pre_quant_scale" in target.leaves else None
-    name = target.name if algo is None else algo.quant_algo
+    algo, name = _called(choice, target)
     static, optional = choice.static_input, algo is not None and algo.engine_scales_inputs
     if q.input_scale is None and static and not optional:
         return f"has no input_scale, which {choice.input} inputs need: calibrate it"
@@ -163,8 +168,7 @@ def _parts(q: QTensor, choice: Choice, target: Target, dtype: np.dtype) -> str |
         leaf, want = name.removeprefix("q."), wanted[name]
         dtype, shape = np.dtype(getattr(array, "dtype", float)), np.shape(array)
         if (dtype, shape) != (DTYPES[want.dtype], want.shape):
-            algo = find_algo(choice) if "pre_quant_scale" in target.leaves else None
-            called = target.name if algo is None else algo.quant_algo
+            _, called = _called(choice, target)
             asked = f"{called} stores {want.dtype} {want.shape}"
             return f"has a {leaf} that is {dtype.name} {shape}, and {asked}"
     return None

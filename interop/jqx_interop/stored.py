@@ -37,6 +37,7 @@ from .job import optional_tensors, own_head
 from .stored_checks import bad_numbers, kv_tensors, linear_shapes, stored_problems
 from .targets import (
     METHOD,
+    RECIPROCALS,
     TARGETS,
     Described,
     Stated,
@@ -52,7 +53,7 @@ HF_QUANT = "hf_quant_config.json"
 NOTE = "jqx:"
 """What the names of notes begin with."""
 
-SCALARS = ("weight_scale_2", "input_scale", "weight_global_scale", "input_global_scale")
+SCALARS = (*RECIPROCALS, *RECIPROCALS.values())
 """Scales of a whole tensor, of all layouts, that a note may keep."""
 
 ALIGNMENT = 64  # bytes; XLA's CPU backend shares host memory at multiples of it

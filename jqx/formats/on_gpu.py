@@ -16,22 +16,18 @@ from jaxtyping import Array, Float
 
 from jqx_kernels.blocks import block_amax, weight_amax
 from jqx_kernels.dispatch import device_of
+from jqx_kernels.tiles import no_gpu
 
 from .encode import Encoded
 from .format import Format, check_divides, grid_shape, storage_of, with_float_scales
 from .scales import float_scale, tensor_scale
-
-_LEAST = (8, 0)
-"""The oldest compute capability that the kernels are for."""
 
 
 def encodes(device: Any, fmt: Format, shape: tuple[int, ...]) -> bool:
     """Whether `encode_on_gpu` works on a `jax.Device`, for this format and a matrix of this
     shape.
     """
-    found = device_of(device)
-    new = found.capability is not None and found.capability >= _LEAST
-    return found.platform == "gpu" and new and with_float_scales(fmt) == fmt and 0 not in shape
+    return no_gpu(device_of(device)) is None and with_float_scales(fmt) == fmt and 0 not in shape
 
 
 def encode_on_gpu(

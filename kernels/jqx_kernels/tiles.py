@@ -38,6 +38,11 @@ def power_of_two(size: int, most: int) -> int:
     return min(size & -size, most)
 
 
+def covering(size: int) -> int:
+    """The least power of two that is not smaller than `size`."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded(size: int, unit: int) -> int:
     """`size` up to the next multiple of `unit`."""
     return -(-size // unit) * unit
@@ -152,6 +157,15 @@ def no_gpu(device: Device) -> str | None:
     if device.platform != "gpu" or device.capability is None:
         return "needs an NVIDIA GPU"
     return None if device.capability >= (8, 0) else "needs compute capability 8.0"
+
+
+def no_capability(device: Device, least: tuple[int, int]) -> str | None:
+    """Why a device is no CUDA GPU of this compute capability or a newer one; None if it is."""
+    if device.platform != "gpu" or device.capability is None:
+        return f"needs a CUDA GPU, not {device.platform}"
+    if device.capability < least:
+        return "needs compute capability {}.{}, not {}.{}".format(*least, *device.capability)
+    return None
 
 
 def no_tpu(device: Device) -> str | None:

@@ -35,13 +35,12 @@ def export(
     it began with.
     """
     from jqx_interop.exporting import export as convert
-    from jqx_interop.exporting import facts
 
     with Bars() as bars:
         how = {"max_shard_size": max_shard_size, "progress": bars}
         done = convert(model, destination, target, **how)
     if as_json:
-        print_json(dict(facts(done)))
+        print_json(done.to_json())
     else:
         told = f"{done.linears} linears from {done.source} to {done.target}, {size(done.bytes)}"
         out.print(f"{destination}: {told}", markup=False)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Float32
 
 from jqx_kernels.dispatch import Device
 from jqx_kernels.pallas import cdiv, triton
+from jqx_kernels.tiles import covering, no_capability
 
 from .exact import summed
 from .matrices import LEAST, MOST, factors, hadamard_matrix
@@ -34,11 +35,7 @@ VALUES = 4096
 
 def lacks(device: Device, request: HadamardRequest) -> str | None:
     """Other devices, old ones, and what has no tiles."""
-    if device.platform != "gpu" or device.capability is None:
-        return f"needs a CUDA GPU, not {device.platform}"
-    if device.capability < (8, 0):
-        return "needs compute capability 8.0, not {}.{}".format(*device.capability)
-    return lacks_dtype(device, request) or lacks_tiles(request)
+    return no_capability(device, (8, 0)) or lacks_dtype(device, request) or lacks_tiles(request)
 
 
 class _Pass(NamedTuple):
@@ -57,7 +54,7 @@ class _Pass(NamedTuple):
         runs, height, width = self.shape
         rows = 1 if self.left is None else _covering(height)
         columns = min(width, MOST) if self.right is None else _covering(width)
-        return max(min(VALUES // (rows * columns), _power(runs)), 1), rows, columns
+        return max(min(VALUES // (rows * columns), covering(runs)), 1), rows, columns
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -81,12 +78,8 @@ class _Pass(NamedTuple):
         return reduce(jnp.logical_and, masks) if masks else None
 
 
-def _power(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
 def _covering(size: int) -> int:
-    return max(_power(size), LEAST)
+    return max(covering(size), LEAST)
 
 
 def _passes(request: HadamardRequest) -> list[_Pass]:

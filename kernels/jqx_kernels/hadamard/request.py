@@ -7,11 +7,9 @@ import numpy as np
 from jaxtyping import Array
 
 from jqx_kernels.dispatch import Device
+from jqx_kernels.matmul.request import no_product
 
 from .matrices import base_of, largest_order, orders
-
-FLOATS = ("bfloat16", "float16", "float32")
-"""The dtypes of what is multiplied."""
 
 
 class HadamardRequest(NamedTuple):
@@ -48,9 +46,7 @@ class HadamardRequest(NamedTuple):
 
 def lacks_dtype(device: Device, request: HadamardRequest) -> str | None:
     """Why nothing here can compute it on any device; None where something can."""
-    if request.dtype in FLOATS:
-        return None
-    return f"multiplies {', '.join(FLOATS)}, not {request.dtype}"
+    return no_product(request.dtype)
 
 
 def lacks_tiles(request: HadamardRequest) -> str | None:

@@ -25,6 +25,7 @@ from jqx_kernels.matmul.values import numbers
 from jqx_kernels.pallas import cdiv, triton
 from jqx_kernels.scale_rules import STEPS
 from jqx_kernels.storage import Storage
+from jqx_kernels.tiles import covering
 
 from .request import AttentionRequest, Stored, lacks_blocks, lacks_meaning
 from .sight import MASKED, reach, seen
@@ -97,7 +98,7 @@ def plan_for(
 
 
 def _power(size: int) -> int:
-    return max(1 << (size - 1).bit_length(), LEAST)
+    return max(covering(size), LEAST)
 
 
 def _read(ref: Any, at: Any, sizes: tuple[int, int], inside: Bool[Array, "slots 1"]) -> Array:

@@ -8,12 +8,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jqx_kernels.codecs import CODECS
 from jqx_kernels.dispatch import Device
 from jqx_kernels.matmul.planes import PARTS
-from jqx_kernels.matmul.request import FLOATS
+from jqx_kernels.matmul.request import no_meaning, no_product
 from jqx_kernels.matmul.steps import SCALE_DTYPES
-from jqx_kernels.scale_rules import STEPS
 from jqx_kernels.storage import Storage
 
 
@@ -53,15 +51,7 @@ class AttentionRequest(NamedTuple):
 
 def lacks_meaning(device: Device, request: AttentionRequest) -> str | None:
     """Why nothing here can compute it on any device; None where something can."""
-    storage = request.storage
-    for dtype in (request.q_dtype, request.dtype):
-        if dtype not in FLOATS:
-            return f"multiplies {', '.join(FLOATS)}, not {dtype}"
-    if storage.element not in CODECS:
-        return f"knows no element '{storage.element}'"
-    if storage.scale not in STEPS:
-        return f"knows no scales in '{storage.scale}'"
-    return None
+    return no_product(request.q_dtype, request.dtype) or no_meaning(request.storage)
 
 
 def lacks_blocks(request: AttentionRequest) -> str | None:

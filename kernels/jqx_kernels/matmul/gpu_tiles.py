@@ -13,6 +13,7 @@ from jqx_kernels.dispatch import Device
 from jqx_kernels.pallas import cdiv
 from jqx_kernels.scale_rules import STEPS
 from jqx_kernels.storage import Storage
+from jqx_kernels.tiles import no_capability
 
 from .planes import Cut, Part
 from .reading import read_tile
@@ -25,12 +26,7 @@ _OLDEST = {"e4m3": (8, 9)}  # the first with conversions from this element; else
 
 def lacks_gpu(device: Device, element: str) -> str | None:
     """Other devices, and old ones."""
-    least = _OLDEST.get(element, (8, 0))
-    if device.platform != "gpu" or device.capability is None:
-        return f"needs a CUDA GPU, not {device.platform}"
-    if device.capability < least:
-        return "needs compute capability {}.{}, not {}.{}".format(*least, *device.capability)
-    return None
+    return no_capability(device, _OLDEST.get(element, (8, 0)))
 
 
 def _e2m1(c: Int32[Array, "*s"]) -> Float32[Array, "*s"]:

@@ -46,10 +46,17 @@ class MatmulRequest(NamedTuple):
 
 def lacks_meaning(device: Device, request: MatmulRequest) -> str | None:
     """Why nothing here can compute it on any device; None where something can."""
-    storage = request.storage
-    for dtype in (request.x_dtype, request.weight_dtype):
-        if dtype not in FLOATS:
-            return f"multiplies {', '.join(FLOATS)}, not {dtype}"
+    return no_product(request.x_dtype, request.weight_dtype) or no_meaning(request.storage)
+
+
+def no_product(*dtypes: str) -> str | None:
+    """Why numbers of these dtypes are not multiplied; None if they are."""
+    unknown = [dtype for dtype in dtypes if dtype not in FLOATS]
+    return f"multiplies {', '.join(FLOATS)}, not {unknown[0]}" if unknown else None
+
+
+def no_meaning(storage: Storage) -> str | None:
+    """Why codes and scales that are stored so stand for no numbers here; None if they do."""
     if storage.element not in CODECS:
         return f"knows no element '{storage.element}'"
     if storage.scale not in STEPS:

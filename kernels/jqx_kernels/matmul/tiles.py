@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from jqx_kernels.pallas import cdiv
+from jqx_kernels.tiles import covering
 
 FEW = 16
 """Rows of activations up to which a product takes as long as reading the matrix."""
@@ -80,4 +81,4 @@ def tiles_for(
 
 def _fit(size: int, axis: int) -> int:
     """The least power of two that covers `axis`, between LEAST and `size`."""
-    return min(size, max(LEAST, 1 << (axis - 1).bit_length()))
+    return min(size, max(LEAST, covering(axis)))

@@ -18,6 +18,7 @@ from jqx_kernels.matmul.request import MANY
 from jqx_kernels.matmul.tiles import Table, Tiles, tiles_for
 from jqx_kernels.matmul.tuned import tiles_of
 from jqx_kernels.pallas import cdiv, triton
+from jqx_kernels.tiles import no_capability
 
 from .kinds import KINDS, ScaledRequest, Stored, lacks_dtype, lacks_kind
 from .xla import as_codes, scaled
@@ -27,14 +28,14 @@ _OLDEST = {"fp8": (8, 9), "int8": (8, 0)}  # the first with tensor cores for the
 
 def lacks(device: Device, request: ScaledRequest) -> str | None:
     """Other devices, old ones, many rows and other kinds."""
-    if device.platform != "gpu" or device.capability is None:
-        return f"needs a CUDA GPU, not {device.platform}"
-    reason = lacks_kind(request, tuple(_OLDEST)) or lacks_dtype(device, request)
+    reason = (
+        no_capability(device, (0, 0))
+        or lacks_kind(request, tuple(_OLDEST))
+        or lacks_dtype(device, request)
+        or no_capability(device, _OLDEST[request.kind])
+    )
     if reason is not None:
         return reason
-    least = _OLDEST[request.kind]
-    if device.capability < least:
-        return "needs compute capability {}.{}, not {}.{}".format(*least, *device.capability)
     if request.x_shape[0] >= MANY:
         return f"is for fewer than {MANY} rows, and there are {request.x_shape[0]}"
     return None
