@@ -14,8 +14,8 @@ import jqx_interop as ji
 from jqx.errors import InputError
 
 FOREIGN = {
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
-    "awq": {"quant_method": "awq", "bits": 4, "zero_point": True},
+    "hqq": {"quant_method": "hqq", "bits": 4, "group_size": 128},
+    "quark": {"quant_method": "quark", "bits": 4, "zero_point": True},
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     None: {"bits": 4},
@@ -27,7 +27,10 @@ def test_other_methods(copy, method: str | None, said: dict):
     folder = copy(INT4)
     (folder / "hf_quant_config.json").unlink()
     inline(folder, said)
-    saying = (f"quant_method {method!r}", "only modelopt and compressed-tensors are read")
+    saying = (
+        f"quant_method {method!r}",
+        "only modelopt, compressed-tensors, awq and gptq are read",
+    )
     refused(folder, saying, opened=True)
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import jqx
 from jqx.config import Choice
 from jqx.errors import InputError
 from jqx.tensors import QTensor
@@ -69,8 +70,28 @@ def test_arrays_of_the_package_mean_what_it_decompresses(case):
     assert found == promised
 
 
+SHIFTED = {"int4 zeros": "int4_b32", "int8 zeros": "int8"}
+
+
+@pytest.mark.parametrize("case", SHIFTED)
+def test_zero_points_are_a_part_of_low_rank(case):
+    given = {k.split("|")[1]: a for k, a in GOLDEN.items() if k.startswith(case + "|")}
+    decoded, choice = given.pop("decoded"), choice_of(SHIFTED[case])
+    (promised,) = CT.beside("a", choice, decoded.shape)
+    zeros = given["weight_zero_point"]
+    assert (promised.name, promised.shape) == ("a.weight_zero_point", zeros.shape)
+    assert CT.shifted(given)
+    q = jax.tree.map(jnp.asarray, CT.gathered(given, choice, decoded.shape, np.dtype("f4")))
+    outer, inner = q.low_rank
+    found, step = q.decode(jnp.float32) + outer @ inner, float(np.max(np.abs(outer)))
+    np.testing.assert_allclose(found, decoded, rtol=0, atol=step * 2.0**-22)  # of two roundings
+    x = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
+    out = jax.jit(jqx.quantized(lambda p, x: x @ p["w"].T))({"w": q}, x)
+    np.testing.assert_allclose(out, x @ decoded.T, rtol=1e-5, atol=1e-4)
+
+
 def test_every_case_of_the_package_is_looked_at():
-    assert {key.split("|")[0] for key in GOLDEN} == set(FOREIGN)
+    assert {key.split("|")[0] for key in GOLDEN} == {*FOREIGN, *SHIFTED}
 
 
 @pytest.mark.parametrize(("name", "given_input"), SCHEMES)
@@ -136,9 +157,14 @@ def described(weights, inputs=None, **more):
     return {**base, "config_groups": {"group_0": group}, **more}
 
 
+TENSOR = {"strategy": "tensor"}
 INT8, FLOAT8 = {"num_bits": 8}, {"num_bits": 8, "type": "float"}
 READ = {
     "W4A16": (described({"group_size": 64}), ("int4_b64", None)),
+    "W4A16 with zero points": (
+        described({"group_size": 128, "symmetric": False}),
+        ("int4", None),
+    ),
     "W4A16 ordered": (described({"group_size": 128, "actorder": "weight"}), ("int4", None)),
     "W4A16 rows": (described({"strategy": "channel"}), ("int4_b256", None)),
     "W8A16": (described(INT8 | {"strategy": "channel"}), ("int8", None)),
@@ -191,7 +217,16 @@ def test_targets_and_what_is_ignored():
 
 
 WRONG = {
-    "zero points": (described({"symmetric": False}), "have zero points"),
+    "zero points": (
+        described(
+            INT8 | {"strategy": "channel", "symmetric": False}, INT8 | {"strategy": "tensor"}
+        ),
+        "weights of group_0 have zero points, which are read for weights in pack-quantized alone",
+    ),
+    "zero points of inputs": (
+        described({"group_size": 128}, INT8 | {"symmetric": False}),
+        "input_activations of group_0 have zero points",
+    ),
     "ordered": (described({"actorder": "group"}), "columns in another order"),
     "three bits": (described({"num_bits": 3}), "num_bits 3.* no pair of formats"),
     "inputs": (

@@ -102,7 +102,8 @@ def test_quantizing_to_it_is_exporting_to_it(folders, tmp_path, recipe):
 def test_a_run_that_goes_on_knows_what_is_there(tmp_path, target):
     base = exports.write_base(tmp_path / "llama", "llama")
     acts = exports.write_activations(tmp_path / "acts.safetensors", "llama")
-    job = prepare(base, "fp8", Settings(target=target, kv_cache="fp8", activations=acts))
+    recipe, kv = ("fp8", "fp8") if "fp8" in TARGETS[target].kv_formats else ("int4_wmse", "none")
+    job = prepare(base, recipe, Settings(target=target, kv_cache=kv, activations=acts))
     every = [_names_in(job, {unit}) for unit in range(len(job.inventory.units))]
     assert set.union(*every) == {tensor.name for tensor in job.outputs}
     assert sum(map(len, every)) == len(job.outputs)
@@ -146,14 +147,14 @@ def test_the_command(nvfp4, tmp_path):
 def test_what_cannot_be_exported(folders, nvfp4, tmp_path):
     out = tmp_path / "out"
     base = exports.write_base(tmp_path / "llama", "llama")
-    refused("export", nvfp4, out, "--target", "awq", saying="unknown target 'awq'")
+    refused("export", nvfp4, out, "--target", "awqq", saying="unknown target 'awqq'")
     refused("export", base, out, "--target", METHOD, saying="is not quantized: jqx quantize --tar")
     refused("export", nvfp4, nvfp4, "--target", METHOD, saying="out")
     rows = {row.recipe: row for row in ROWS if row.model == "llama"}
     for recipe in ("w4a8_mxfp4_fp8", "w4a8_nvfp4_fp8"):
         source = folders(rows[recipe])
         refused(
-            "export", source, out, "--target", METHOD, saying="which compressed-tensors has no n"
+            "export", source, out, "--target", METHOD, saying="compressed-tensors has no name for"
         )
     kv = next(row for row in ROWS if row.kv == "nvfp4")
     refused("export", folders(kv), out, "--target", METHOD, saying="keys and values are in nvfp4")

@@ -84,6 +84,8 @@ def choices_for(
         and (problem := _problem(module, choices[module.path], target)) is not None
     ]
     problems += _siblings_apart(choices, inventory)
+    if target is not None and (apart := target.apart(choices)):
+        problems.append(apart)
     if problems:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more)
@@ -104,10 +106,8 @@ def _problem(module: Module, choice: Choice, target: Target | None) -> str | Non
     """Why a module cannot be stored as `choice` says."""
     if module.kind == "embedding":
         return "embeddings are read as they are; narrow the rule of the recipe with kind: linear"
-    if target is not None and not target.supports(choice):
-        beside = f" and {choice.variant} factors" if choice.variant else ""
-        inputs = "plain" if choice.input is None else choice.input
-        return f"{target.name} has no name for {choice.weight} with {inputs} inputs{beside}"
+    if target is not None and (lacking := target.lacks(choice, module.shape)) is not None:
+        return lacking
     try:
         check_divides(find_format(choice.weight or ""), module.shape)
     except InputError as error:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from jqx.config import Choice
 from jqx.errors import InputError, nearest
 from jqx.models import param_shapes
 
@@ -22,9 +21,9 @@ from .checkpoints import ShardWriter, TensorOut, Workspace, plan_shards, refuse,
 from .describe import describe
 from .progress import Progress, Silent
 from .saving import in_module_order, unquantized
-from .stored import NOTE, SCALARS, Source, exact_notes, open_model, stored_arrays
+from .stored import NOTE, SCALARS, Source, exact_notes, gathered, open_model, stored_arrays
 from .stored_checks import kv_tensors
-from .targets import RECIPROCALS, TARGETS, Target, inexact_scales
+from .targets import RECIPROCALS, TARGETS, ZERO_POINTS, Target, inexact_scales
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,10 +47,12 @@ def export(
     target: str,
     *,
     max_shard_size: int | str = "10GB",
+    round_scales: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Write the quantized checkpoint `model` to the directory `out` in the layout `target`, a row
-    of TARGETS; it appears complete or not at all. Nothing is quantized again.
+    of TARGETS; it appears complete or not at all. Nothing is quantized again. `round_scales`:
+    scales may be rounded where the layout stores them in float16.
 
     Raises InputError if `model` is not quantized, or holds what the layout has no place for, and if
     `out` exists and is no empty directory.
@@ -59,7 +60,7 @@ def export(
     if target not in TARGETS:
         raise nearest(target, TARGETS, "target")
     source, row, progress = open_model(model), TARGETS[target], progress or Silent()
-    _check(source, row)
+    _check(source, row, round_scales)
     notes = _notes(source, row)
     outputs = list(_outputs(source, row))
     plans = plan_shards(outputs, max_shard_size, {f"{NOTE}{k}": v for k, v in notes.items()})
@@ -86,31 +87,44 @@ def export(
     )
 
 
-def _check(source: Source, row: Target) -> None:
+def _check(source: Source, row: Target, round_scales: bool) -> None:
     """Raises InputError for what the layout has no name or no place for."""
-    where = source.checkpoint.path
-    if not source.choices:
+    where, choices = source.checkpoint.path, source.choices
+    if not choices:
         raise InputError(f"{where} is not quantized: jqx quantize --target {row.name} does that")
+    shapes, held = param_shapes(source.spec), source.checkpoint.tensors
     problems = [
-        f"{path} is {_told(choice)}, for which {row.name} has no name"
-        for path, choice in source.choices.items()
-        if not row.supports(choice)
+        f"{path}: {lacking}"
+        for path, choice in choices.items()
+        if (lacking := row.lacks(choice, shapes[f"{path}.weight"]))
     ]
-    factor, held = "pre_quant_scale", source.checkpoint.tensors
+    factor = "pre_quant_scale"
     problems += [
         f"{path} has a {factor}, for which {row.name} has no place"
-        for path in source.choices
-        if factor not in row.leaves and f"{path}.{factor}" in held
+        for path in choices
+        if not row.smooths and f"{path}.{factor}" in held
     ]
+    if apart := row.apart(choices):
+        problems.append(apart)
     if (kv := source.spec.kv_cache) is not None and kv not in row.kv_formats:
         problems.append(f"keys and values are in {kv}, which {row.name} does not hold")
-    if problems:
+    if problems := problems or list(_unheld(source, row, round_scales)):
         refuse(where, problems, "Quantize the original with --target, by a recipe that it holds.")
 
 
-def _told(choice: Choice) -> str:
-    inputs = "" if choice.input is None else f" with {choice.input} inputs"
-    return f"{choice.weight}{inputs}" + (f" and {choice.variant} factors" if choice.variant else "")
+def _unheld(source: Source, row: Target, round_scales: bool) -> Iterator[str]:
+    """Linears with numbers that would not be the same in the other layout."""
+    halves = row.half_scales and not source.target.half_scales and not round_scales
+    for path in source.choices:
+        arrays = stored_arrays(source, path, (*ZERO_POINTS, source.target.scale))
+        if source.target.shifted(arrays):
+            yield f"{path} has zero points, for which {row.name} has no place here"
+        scales = arrays[source.target.scale].astype(np.float32)
+        if halves and np.any(scales.astype(np.float16).astype(np.float32) != scales):
+            yield (
+                f"{path} has scales that float16 does not hold, and {row.name} stores them in it: "
+                "--round-scales rounds them"
+            )
 
 
 def _notes(source: Source, row: Target) -> dict[str, str]:
@@ -149,11 +163,10 @@ def _as_it_is(source: Source, name: str) -> TensorOut:
 
 def _arrays(source: Source, row: Target, progress: Progress) -> Iterator[tuple[str, np.ndarray]]:
     """Every array by its new name."""
-    checkpoint, shapes = source.checkpoint, param_shapes(source.spec)
+    checkpoint = source.checkpoint
     exact, left = exact_notes(checkpoint), set(checkpoint.tensors)
-    for path, choice in source.choices.items():
-        arrays = stored_arrays(source, path)
-        q = source.target.gathered(arrays, choice, shapes[f"{path}.weight"], source.dtype)
+    for path in source.choices:
+        q = gathered(source, path, stored_arrays(source, path))
         for name, array in row.named(path, q).items():
             yield name, np.asarray(exact.get(name, array)).reshape(np.shape(array))
         names = [name for leaf in source.target.leaves if (name := f"{path}.{leaf}") in left]

@@ -48,6 +48,8 @@ from .targets import (
 KEPT = "e_score_correction_bias"
 """The ending of tensors that keep their dtype."""
 
+_NO_KV = "no keys and values: use --kv-cache none"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
@@ -139,7 +141,8 @@ class Job:
     def searches(self) -> bool:
         """Whether more is done than to reach the largest magnitudes."""
         reported = self.settings.report is not None
-        return reported or any(step.method != "max" for step in self.config.steps)
+        rounded = self.target.half_scales
+        return reported or rounded or any(step.method != "max" for step in self.config.steps)
 
     def shares(self, path: str) -> bool:
         """Whether linears that read the same input share tensor scales and factors with `path`."""
@@ -237,8 +240,8 @@ def decide(
         )
     target = TARGETS[settings.target]
     if kv is not None and kv not in target.kv_formats and not in_memory:
-        held = ", ".join(target.kv_formats)
-        raise InputError(f"{target.name} holds keys and values in {held}, not in {kv}")
+        held = f"keys and values in {', '.join(target.kv_formats)}, not in {kv}"
+        raise InputError(f"{target.name} holds {held if target.kv_formats else _NO_KV}")
     return Job(
         checkpoint=checkpoint,
         spec=spec,

@@ -43,16 +43,18 @@ def save(
     target: str = "modelopt",
     *,
     max_shard_size: int | str = "10GB",
+    round_scales: bool = False,
 ) -> Path:
     """Write `model` to the directory `out`, which appears complete or not at all; returns it.
 
     Parameters are written in their own dtype, QTensors as the layout `target` stores them; the
-    tokenizer and other small files come from `model.path`. Raises InputError if `out` exists and is
+    tokenizer and other small files come from `model.path`. `round_scales`: scales may be rounded
+    where the layout stores them in float16. Raises InputError if `out` exists and is
     no empty directory, or if the tree is not one that the layout can hold.
     """
     if target not in TARGETS:
         raise nearest(target, TARGETS, "target")
-    content = content_of(model.spec, model.params, TARGETS[target])
+    content = content_of(model.spec, model.params, TARGETS[target], round_scales)
     plans = plan_shards(_outputs(model.spec, content, target), max_shard_size)
     small = small_files(open_checkpoint(model.path)) if model.path is not None else ()
     with Workspace(out, model.path) as space, told(space.directory):

@@ -37,9 +37,11 @@ class Content:
     dtype: np.dtype
 
 
-def content_of(spec: ModelSpec, params: Mapping[str, Any], target: Target) -> Content:
-    """The content of the tree `params`, checked for the layout `target`. Raises one InputError for
-    all that is wrong.
+def content_of(
+    spec: ModelSpec, params: Mapping[str, Any], target: Target, round_scales: bool = False
+) -> Content:
+    """The content of the tree `params`, checked for the layout `target`; `round_scales`: scales may
+    be rounded where it stores them in float16. Raises one InputError for all that is wrong.
     """
     shapes = param_shapes(spec)
     leaves = flatten(params, order=shapes)
@@ -65,6 +67,10 @@ def content_of(spec: ModelSpec, params: Mapping[str, Any], target: Target) -> Co
                 problems.append(f"{path} {found}")
     choices = _named_alike(choices)
     problems += _fused_apart(spec, stored, choices)
+    if apart := target.apart(choices):
+        problems.append(apart)
+    if target.half_scales and not round_scales:
+        problems += [problem for p, q in stored.items() if (problem := _not_half(p, q, target))]
     if spec.kv_cache is not None and spec.kv_cache not in target.kv_formats:
         problems.append(f"keys and values are in {spec.kv_cache}, which {target.name} has not")
     if spec.kv_cache is not None and not stored:
@@ -100,7 +106,10 @@ def _choice_of(q: QTensor, dtype: np.dtype, target: Target) -> Choice | str:
     held = next((c for c in (choice, plain) if c.weight and target.supports(c)), None)
     if held is None:
         return f"is stored as {q.format.name} with {q.input_format} inputs, which has no name"
-    if problem := _lacking(q, held, target) or _parts(q, held, target, dtype):
+    lacking = _lacking(q, held, target)
+    if lacking is None and (shape := target.lacks(held, q.shape)):
+        lacking = f"does not fit: {shape}"
+    if problem := lacking or _parts(q, held, target, dtype):
         return problem
     return plain if find_algo(held) is find_algo(plain) else held
 
@@ -172,6 +181,17 @@ def _parts(q: QTensor, choice: Choice, target: Target, dtype: np.dtype) -> str |
             asked = f"{called} stores {want.dtype} {want.shape}"
             return f"has a {leaf} that is {dtype.name} {shape}, and {asked}"
     return None
+
+
+def _not_half(path: str, q: QTensor, target: Target) -> str | None:
+    """Why float16 does not hold the scales of `q`; None if it does."""
+    scale = np.asarray(q.scale, np.float32)
+    if np.array_equal(scale.astype(np.float16).astype(np.float32), scale):
+        return None
+    return (
+        f"{path} has scales that float16 does not hold, and {target.name} stores them in it: pass "
+        "round_scales=True"
+    )
 
 
 def _fused_apart(

@@ -16,7 +16,7 @@ import numpy as np
 
 from jqx.algorithms import InputStats, Linear, calibrated, finished, stored
 from jqx.algorithms.quality import measure
-from jqx.algorithms.shared import gain_scaled, rows_scaled, unified
+from jqx.algorithms.shared import gain_scaled, half_scaled, rows_scaled, unified
 from jqx.algorithms.table import ALGORITHMS
 from jqx.calibration import input_scale
 from jqx.config import INPUT_FORMATS, Algorithm
@@ -205,6 +205,8 @@ class Search:
         linear, fmt = self._linears.pop(path), self._format(path)
         if one_scale(fmt) and fmt.tensor_bound is None and linear.amax is not None:
             linear = linear._replace(amax=linear.amax.reshape(()))
+        if self._job.target.half_scales:
+            linear = half_scaled(linear, fmt=fmt)
         return linear, _stored(linear._replace(facts={}), fmt=fmt)
 
     def _measured(self, path: str, q: QTensor) -> dict[str, float]:

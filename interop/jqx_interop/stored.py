@@ -19,6 +19,7 @@ from jqx.config import Choice
 from jqx.errors import InputError
 from jqx.models import Compute, ModelSpec, block_prefix, block_shapes, kinds, param_shapes
 from jqx.models.layers import module
+from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
 
 from .checkpoints import (
@@ -35,21 +36,8 @@ from .families import spec_from_config
 from .inventory import FLOATS
 from .job import optional_tensors, own_head
 from .stored_checks import bad_numbers, kv_tensors, linear_shapes, stored_problems
-from .targets import (
-    METHOD,
-    RECIPROCALS,
-    TARGETS,
-    Described,
-    Stated,
-    Target,
-    choices_of,
-    ct_config,
-    kv_of,
-    read_described,
-    read_stated,
-)
+from .targets import RECIPROCALS, TARGETS, Said, Target, layout_of
 
-HF_QUANT = "hf_quant_config.json"
 NOTE = "jqx:"
 """What the names of notes begin with."""
 
@@ -85,27 +73,13 @@ def open_model(model: str | Path) -> Source:
     try:
         plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         spec = spec_from_config(plain)
-        said, target = _said(checkpoint)
-        dtype = DTYPES[_float_dtype(checkpoint)]
-        choices: Mapping[str, Choice] = {}
-        if said is None:
-            check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
-        else:
-            spec, choices = _quantized(checkpoint, spec, said, target, dtype)
+        spec, choices, target, dtype = _read(checkpoint, spec)
     except InputError as error:
         where, message = str(checkpoint.path), str(error)
         told = message if where in message else f"{where}: {message}"
         raise InputError(one_line(told)) from error
     spec = own_head(checkpoint, spec)
     return Source(checkpoint=checkpoint, spec=spec, choices=choices, dtype=dtype, target=target)
-
-
-def _said(checkpoint: Checkpoint) -> tuple[Stated | Described | None, Target]:
-    """What the descriptions say, and the layout they are of."""
-    inline = checkpoint.config.get("quantization_config")
-    if isinstance(inline, Mapping) and inline.get("quant_method") == METHOD:
-        return read_described(inline), TARGETS[METHOD]
-    return read_stated(inline, read_beside(checkpoint.path, HF_QUANT)), TARGETS["modelopt"]
 
 
 def read_params(
@@ -122,13 +96,12 @@ def read_params(
     leaves: dict[str, Any] = {}
     problems: list[str] = []
     beside = {t.name: t.stored(source.target).name for t in kv_tensors(source.spec, source.dtype)}
-    shapes = param_shapes(source.spec)
     for name in names:
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and path in source.choices:
             arrays = stored_arrays(source, path)
             problems += _problems(path, arrays)
-            q = source.target.gathered(arrays, source.choices[path], shapes[name], source.dtype)
+            q = gathered(source, path, arrays)
             leaves[name] = jax.tree.map(copied, q)
             for part in source.target.leaves:
                 if (stored := f"{path}.{part}") in source.checkpoint.tensors:
@@ -154,39 +127,40 @@ def read_block(source: Source, i: int, compute: Compute) -> dict[str, Any]:
     return dict(module(read_params(source, names, compute.carrier), prefix))
 
 
-def _quantized(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    said: Stated | Described,
-    target: Target,
-    dtype: np.dtype,
-) -> tuple[ModelSpec, Mapping[str, Choice]]:
-    """`spec` with the format of its cache, and the formats of its quantized linears, checked
-    against the headers.
+def _read(
+    checkpoint: Checkpoint, spec: ModelSpec
+) -> tuple[ModelSpec, Mapping[str, Choice], Target, np.dtype]:
+    """`spec` with the format of its cache, the formats of its quantized linears, checked against
+    the headers, their layout, and the dtype of the model.
     """
-    have, linears = checkpoint.tensors, linear_shapes(spec)
-    leaves = {name.rpartition(".")[2] for name in have}
-    problems: list[str] = []
-    if isinstance(said, Described):
-        choices = ct_config.choices_of(said, linears)
-        kv = ("fp8" if "k_scale" in leaves else "fp8_cast") if said.kv else None
-    else:
-        names = (f"{path}.weight_scale" for path in linears)
-        scales = {n.rpartition(".")[0]: have[n].shape for n in names if n in have}
-        choices = choices_of(said, linears, scales)
-        kv = kv_of(said.kv, scales="k_scale" in leaves, biases="k_bias" in leaves)
-        problems += [
-            f"{path} is described as quantized and is no linear of the model"
-            for path in said.layers or ()
-            if path not in linears
-        ]
-    spec = replace(spec, kv_cache=kv)
-    problems += stored_problems(checkpoint, spec, choices, dtype, target, optional_tensors(spec))
-    if problems:
+    inline = checkpoint.config.get("quantization_config")
+    layout, file = layout_of(inline, lambda name: read_beside(checkpoint.path, name))
+    target, optional = TARGETS[layout], optional_tensors(spec)
+    stored = {name: info.shape for name, info in checkpoint.tensors.items()}
+    said = Said(inline=inline, file=file, linears=linear_shapes(spec), stored=stored)
+    meant = target.read(said)
+    dtype = DTYPES[_float_dtype(checkpoint)]
+    if meant is None:
+        check_tensors(checkpoint, param_shapes(spec), optional)
+        return spec, {}, target, dtype
+    spec = replace(spec, kv_cache=meant.kv)
+    found = stored_problems(checkpoint, spec, meant.choices, dtype, target, optional)
+    if problems := [*meant.problems, *found]:
         refuse(
             checkpoint.path, problems, "The descriptions and the weights do not belong together."
         )
-    return spec, choices
+    return spec, meant.choices, target, dtype
+
+
+def gathered(source: Source, path: str, arrays: Mapping[str, np.ndarray]) -> QTensor:
+    """The QTensor of the quantized linear `path` from its stored arrays. Raises InputError naming
+    it for what has no QTensor.
+    """
+    shape = linear_shapes(source.spec)[path]
+    try:
+        return source.target.gathered(arrays, source.choices[path], shape, source.dtype)
+    except InputError as error:
+        raise InputError(f"{source.checkpoint.path}: {path}: {error}") from error
 
 
 def stored_arrays(

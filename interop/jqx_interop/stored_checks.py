@@ -17,9 +17,12 @@ from jqx.models import ModelSpec, block_prefix, kinds, param_shapes
 
 from .checkpoints import Checkpoint, TensorInfo, TensorOut, dtype_name
 from .inventory import FLOATS
-from .targets import INNER, OUTER, Target, find_algo, input_factor, low_rank_factors
+from .targets import INDEX, INNER, OUTER, Target, find_algo, input_factor, low_rank_factors
 
-CODES = ("weight", "weight_packed", "weight_shape", "bias")
+CODES = (
+    *("weight", "weight_packed", "weight_shape", "weight_zero_point"),
+    *("qweight", "qzeros", INDEX, "bias"),
+)
 """Leaves of a linear that are no scales."""
 
 
@@ -52,7 +55,7 @@ def stored_problems(
     for name, shape in param_shapes(spec).items():
         path = name.removesuffix(".weight")
         choice = choices.get(path) if path in linears else None
-        if path in linears and (problem := _apart(have, path, choice)):
+        if path in linears and (problem := _apart(have, path, choice, target)):
             problems.append(problem)
             told.add(path)
         elif choice is not None:
@@ -131,15 +134,17 @@ def bad_numbers(name: str, array: np.ndarray) -> str | None:
     return f"{int(wrong.sum())} of {array.size} numbers in {name} are {what}"
 
 
-def _apart(have: Mapping[str, TensorInfo], path: str, choice: Choice | None) -> str | None:
+def _apart(
+    have: Mapping[str, TensorInfo], path: str, choice: Choice | None, target: Target
+) -> str | None:
     """Why descriptions and tensors do not agree on whether `path` is quantized."""
-    weight, scaled = have.get(f"{path}.weight"), f"{path}.weight_scale" in have
+    weight, scaled = have.get(f"{path}.weight"), f"{path}.{target.scale}" in have
     if choice is None and scaled:
-        return f"{path} has a weight_scale, and the descriptions leave it alone"
+        return f"{path} has a {target.scale}, and the descriptions leave it alone"
     if choice is not None and not scaled and weight is not None and weight.dtype in FLOATS:
         return (
             f"{path} is described as {choice.weight}, and its weight is {weight.dtype} "
-            "without a weight_scale"
+            f"without a {target.scale}"
         )
     return None
 
@@ -156,7 +161,14 @@ def _linear(
     """
     algo, given = find_algo(choice), f"{path}.input_scale" in have
     optional = algo is not None and algo.engine_scales_inputs
-    yield from target.outputs(path, choice, *like, choice.static_input and (given or not optional))
+    static = choice.static_input and (given or not optional)
+    for tensor in target.outputs(path, choice, *like, static):
+        leaf = _apart_of(tensor.name)[1]
+        if leaf in target.any_float and tensor.dtype in FLOATS:
+            tensor = TensorOut(tensor.name, "", tensor.shape)
+        if leaf not in target.optional or tensor.name in have:
+            yield tensor
+    yield from (tensor for tensor in target.beside(path, choice, like[0]) if tensor.name in have)
     factor = input_factor(path, *like)
     if factor.name in have and "pre_quant_scale" in target.leaves:
         yield factor

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from jqx.formats import Format, block_amax, weight_amax
 from jqx_kernels.bits import divide, round_to
 
-from .linear import Linear
+from .linear import Linear, scale_amax
 from .svdquant import low_rank, product
 
 
@@ -96,6 +96,15 @@ def rows_scaled(linear: Linear, p: Float[Array, "n"]) -> Linear:
     dtype = linear.weight.dtype
     weight = (linear.weight.astype(jnp.float32) * p.astype(jnp.float32)[:, None]).astype(dtype)
     return linear._replace(weight=weight, amax=None, tensor_amax=None)
+
+
+@partial(jax.jit, static_argnames=("fmt",))
+def half_scaled(linear: Linear, *, fmt: Format) -> Linear:
+    """`linear` with scales that float16 holds, for layouts that store them in it."""
+    scale = divide(scale_amax(linear, fmt), jnp.float32(fmt.element.max))
+    half, limits = round_to(scale, jnp.float16), jnp.finfo(jnp.float16)
+    half = jnp.clip(half, jnp.float32(limits.smallest_subnormal), jnp.float32(limits.max))
+    return linear._replace(amax=half * jnp.float32(fmt.element.max))
 
 
 @partial(jax.jit, static_argnames=("plus_one",))

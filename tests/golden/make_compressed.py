@@ -17,6 +17,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 FLOAT4, FLOAT8 = {"num_bits": 4, "type": "float"}, {"num_bits": 8, "type": "float"}
 INT4, INT8 = {"num_bits": 4, "type": "int"}, {"num_bits": 8, "type": "int"}
 MX = {"strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
+SHIFTED = {"symmetric": False}
 CASES = {
     "int4 group": ("pack-quantized", INT4 | {"strategy": "group", "group_size": 32}),
     "int4 channel": ("pack-quantized", INT4 | {"strategy": "channel"}),
@@ -34,6 +35,8 @@ CASES = {
     ),
     "mxfp4": ("mxfp4-pack-quantized", FLOAT4 | MX),
     "mxfp8": ("mxfp8-quantized", FLOAT8 | MX),
+    "int4 zeros": ("pack-quantized", INT4 | SHIFTED | {"strategy": "group", "group_size": 32}),
+    "int8 zeros": ("pack-quantized", INT8 | SHIFTED | {"strategy": "channel"}),
 }
 LARGEST = {("int", 4): 7.0, ("int", 8): 127.0, ("float", 4): 6.0, ("float", 8): 448.0}
 
@@ -60,6 +63,10 @@ def scales(w: torch.Tensor, args: dict) -> dict[str, torch.Tensor]:
         }
     if args.get("scale_dtype") == torch.uint8:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    if not args.get("symmetric", True):
+        low = {4: 8, 8: 128}[args["num_bits"]]
+        zeros = torch.arange(scale.numel()).reshape(scale.shape) % 5 - 2 - low // 4
+        return {"weight_scale": scale, "weight_zero_point": zeros.to(torch.int8)}
     return {"weight_scale": scale}
 
 
@@ -73,11 +80,13 @@ def plain(x: torch.Tensor) -> np.ndarray:
 def main() -> None:
     found = {}
     for name, (form, args) in CASES.items():
-        rows = 128 if "block" in name else 6
+        rows = 128 if "block" in name else 16 if "zeros" in name else 6
         w = np.random.RandomState(len(found)).standard_normal((rows, 256)).astype(np.float32)
         w = torch.from_numpy(w.astype(ml_dtypes.bfloat16).astype(np.float32))
         scheme = QuantizationScheme(
-            targets=["Linear"], weights=QuantizationArgs(symmetric=True, **args), format=form
+            targets=["Linear"],
+            weights=QuantizationArgs(**({"symmetric": True} | args)),
+            format=form,
         )
         compressor = BaseCompressor.get_value_from_registry(form)
         stored = compressor.compress({"weight": w, **scales(w, args)}, scheme)

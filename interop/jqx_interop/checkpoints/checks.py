@@ -19,7 +19,16 @@ NOT_COPIED = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth"),
     *("*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.pkl"),
     *("*.pickle", "*.npz", "*.tflite", "*.ot", "*.mlmodel"),
-    *("config.json", "hf_quant_config.json", "*.py", "*.pyc", "*.so", ".*"),
+    *(
+        "config.json",
+        "hf_quant_config.json",
+        "quantize_config.json",
+        "quant_config.json",
+        "*.py",
+        "*.pyc",
+        "*.so",
+        ".*",
+    ),
 )
 
 
@@ -82,7 +91,8 @@ def small_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
     """Files of the source that an export carries along as they are, by name.
 
     Tokenizer, generation settings, chat templates, licences and texts: everything but weights in
-    any container, the index, config.json, hf_quant_config.json, code, hidden files and folders.
+    any container, the index, config.json, descriptions of quantization, code, hidden files and
+    folders.
     """
     return tuple(
         file

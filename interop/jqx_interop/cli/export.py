@@ -27,6 +27,12 @@ def export(
         typer.Option(help="The layout: see `jqx targets`.", autocompletion=complete_targets),
     ],
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "10GB",
+    round_scales: Annotated[
+        bool,
+        typer.Option(
+            "--round-scales", help="Round scales where the layout stores them in float16."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write the quantized checkpoint QUANTIZED in another layout to OUT.
@@ -37,8 +43,14 @@ def export(
     from jqx_interop.exporting import export as convert
 
     with Bars() as bars:
-        how = {"max_shard_size": max_shard_size, "progress": bars}
-        done = convert(model, destination, target, **how)
+        done = convert(
+            model,
+            destination,
+            target,
+            max_shard_size=max_shard_size,
+            round_scales=round_scales,
+            progress=bars,
+        )
     if as_json:
         print_json(done.to_json())
     else:

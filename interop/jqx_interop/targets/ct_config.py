@@ -13,7 +13,7 @@ from typing import Any
 from jqx.config import Choice
 from jqx.errors import InputError
 
-from .ct_schemes import METHOD, SCHEMES, VERSION, Scheme, arguments, block_of, find_scheme
+from .ct_schemes import METHOD, PACKED, SCHEMES, VERSION, Scheme, arguments, block_of, find_scheme
 
 MIXED = "mixed-precision"
 KV_FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
@@ -87,8 +87,8 @@ def _group(choice: Choice) -> dict[str, Any]:
 def read_described(said: Mapping[str, Any]) -> Described:
     """What a `quantization_config` of compressed-tensors means.
 
-    Raises InputError for what has no format here: codes with zero points, orders of columns, other
-    numbers of bits, sparsity, outputs that are quantized.
+    Raises InputError for what has no format here: zero points but of packed integers, orders of
+    columns, other numbers of bits, sparsity, outputs that are quantized.
     """
     if str(said.get("quantization_status", "compressed")) != "compressed":
         raise InputError(f"its weights are {said['quantization_status']}, not compressed")
@@ -132,10 +132,13 @@ def _read_group(name: str, group: object) -> Group:
         raise InputError(f"{name} quantizes outputs, which is not read")
     weights = _arguments(group.get("weights"), f"weights of {name}")
     inputs = _arguments(group.get("input_activations"), f"input_activations of {name}")
+    _check_symmetric(inputs, f"input_activations of {name}")
     if weights is None:
         raise InputError(f"{name} of config_groups quantizes no weights, which is not read")
     for formats, scheme in SCHEMES.items():
         if (size := _fits(scheme, weights, inputs)) is not None:
+            if scheme.format != PACKED:
+                _check_symmetric(weights, f"weights of {name}")
             varies = (
                 scheme.weights.get("strategy") == "group" and "group_size" not in scheme.weights
             )
@@ -176,8 +179,6 @@ def _arguments(said: object, what: str) -> dict[str, Any] | None:
     if not isinstance(said, Mapping):
         raise InputError(f"{what} are no object")
     full = arguments({k: v for k, v in said.items() if v is not None})
-    if full["symmetric"] is not True:
-        raise InputError(f"{what} have zero points, which are not read, only symmetric codes")
     if full.get("actorder") in ("group", "dynamic"):
         raise InputError(f"{what} have columns in another order (actorder), which is not read")
     if full["strategy"] == "":
@@ -185,10 +186,16 @@ def _arguments(said: object, what: str) -> dict[str, Any] | None:
     return full
 
 
+def _check_symmetric(said: Mapping[str, Any] | None, what: str) -> None:
+    if said and said["symmetric"] is not True:
+        raise InputError(f"{what} have zero points, which are read for weights in {PACKED} alone")
+
+
 def _read_kv(said: object) -> bool:
     if said is None:
         return False
     found = _arguments(said, "kv_cache_scheme") or {}
+    _check_symmetric(found, "kv_cache_scheme")
     if _essential(found) != _essential(arguments(KV_FLOAT8)):
         raise InputError(f"kv_cache_scheme is {_told(found)}, and only FP8 with one scale is read")
     return True

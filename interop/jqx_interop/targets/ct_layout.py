@@ -4,7 +4,8 @@
     float-, int-, mxfp8-quantized   weight [n, k], weight_scale [1] or [blocks of rows, of columns],
                                     input_scale [1]
     pack-quantized                  weight_packed int32 [n, k bits / 32], weight_scale [n, blocks],
-                                    weight_shape int64 [2]
+                                    weight_shape int64 [2]; of others weight_zero_point, packed
+                                    int32 [n bits / 32, blocks]
     nvfp4-pack-quantized            weight_packed [n, k / 2], weight_scale [n, k / 16], and the
                                     reciprocals of tensor scales: weight_global_scale [1],
                                     input_global_scale [1]
@@ -27,9 +28,11 @@ from jqx.tensors import QTensor
 from jqx_interop.checkpoints import TensorOut, dtype_name
 
 from .ct_schemes import find_scheme
-from .layout import abstract
+from .layout import abstract, shift
 
 Arrays = dict[str, np.ndarray]
+
+ZERO_POINT = "weight_zero_point"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ _FORMS = {
 
 LEAVES = (
     *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_global_scale"),
-    *("input_scale", "input_global_scale"),
+    *("input_scale", "input_global_scale", ZERO_POINT),
 )
 """The names of all arrays a linear may have."""
 
@@ -110,10 +113,6 @@ def named(path: str, q: QTensor) -> dict[str, Any]:
             value = np.reshape(np.asarray(scale, np.float32), (1,))
             arrays[name] = reciprocal(value) if form.reciprocal else value
     return {f"{path}.{leaf}": array for leaf, array in arrays.items()}
-
-
-def _one(scale: Any) -> np.ndarray:
-    return np.reshape(np.asarray(scale, np.float32), (1,))
 
 
 def outputs(
@@ -155,7 +154,37 @@ def gathered(
         dtype=like.dtype,
         input_scale=_scale(arrays, "input_scale", "input_global_scale"),
         input_format=choice.input,
+        low_rank=_shift(arrays, like, shape),
     )
+
+
+def zero_points(path: str, choice: Choice, shape: tuple[int, ...]) -> list[TensorOut]:
+    """The array of zero points that a linear may have where integers share words."""
+    if not form_of(choice).shape:
+        return []
+    like = abstract(choice.weight or "", shape, "float32")
+    words = -(-shape[0] * like.format.element.bits // 32)
+    return [TensorOut(f"{path}.{ZERO_POINT}", "I32", (words, like.scale.shape[1]))]
+
+
+def has_zero_points(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether the arrays of a linear have zero points."""
+    return ZERO_POINT in arrays
+
+
+def _shift(
+    arrays: Mapping[str, np.ndarray], like: QTensor, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What codes with zero points are more than symmetric ones; None where there are none."""
+    if ZERO_POINT not in arrays:
+        return None
+    words, bits = arrays[ZERO_POINT].T, like.format.element.bits
+    found = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 4:
+        found = np.stack([found & 15, found >> 4], 2).reshape(found.shape[0], -1)
+    zeros = found[:, : shape[0]].T.astype(np.int32) - (1 << (bits - 1))
+    scale = arrays["weight_scale"].astype(np.float32).reshape(like.scale.shape)
+    return shift(scale, zeros, shape[1])
 
 
 def _scale(arrays: Mapping[str, np.ndarray], name: str, inverse: str) -> np.ndarray | None:

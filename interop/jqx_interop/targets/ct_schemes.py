@@ -15,6 +15,8 @@ from .modelopt import STORED_AS
 
 METHOD = "compressed-tensors"
 VERSION = "0.20.1"
+PACKED = "pack-quantized"
+"""The format of integers that share words, which alone may have zero points."""
 
 FLOAT8 = {"num_bits": 8, "type": "float"}
 FLOAT4 = {"num_bits": 4, "type": "float"}
@@ -59,8 +61,8 @@ SCHEMES: dict[tuple[str, str | None], Scheme] = {
     ("int8", "int8_token"): Scheme(
         format="int-quantized", weights=INT8 | CHANNEL, inputs=INT8 | TOKEN
     ),
-    ("int8", None): Scheme(format="pack-quantized", weights=INT8 | CHANNEL),
-    ("int4", None): Scheme(format="pack-quantized", weights=INT4 | {"strategy": "group"}),
+    ("int8", None): Scheme(format=PACKED, weights=INT8 | CHANNEL),
+    ("int4", None): Scheme(format=PACKED, weights=INT4 | {"strategy": "group"}),
     ("nvfp4", "nvfp4"): Scheme(
         format="nvfp4-pack-quantized",
         weights=FLOAT4 | NVFP4,

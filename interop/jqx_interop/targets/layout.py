@@ -112,6 +112,19 @@ def abstract(name: str, shape: tuple[int, ...], dtype: str) -> QTensor:
     )
 
 
+def shift(scale: np.ndarray, zeros: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """What signed codes [n, k] with the zero points `zeros` [n, blocks] are more than the same
+    codes with the zero point 0, as a part of low rank; None where all are 0.
+
+        scale * (code - zero)  =  scale * code  +  (-scale * zero) * [the block of the column]
+    """
+    if not np.any(zeros):
+        return None
+    blocks = scale.shape[1]
+    inside = np.arange(blocks)[:, None] == np.arange(k)[None, :] // (k // blocks)
+    return scale * -zeros.astype(np.float32), inside.astype(np.float32)
+
+
 def companions(
     names: Iterable[str], groups: Mapping[str, list[TensorOut]]
 ) -> dict[str, list[TensorOut]]:

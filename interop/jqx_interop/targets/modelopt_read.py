@@ -51,8 +51,9 @@ def read_stated(inline: object, file: object) -> Stated | None:
     here = _object(here.get("quantization", here), "quantization_config")
     if here and not str(method or (METHOD if "quant_algo" in here else None)).startswith(METHOD):
         raise InputError(
-            f"its quantization_config is of quant_method {method!r}, and only {METHOD} and "
-            "compressed-tensors are read; give the original checkpoint or such an export of it"
+            f"its quantization_config is of quant_method {method!r}, and only {METHOD}, "
+            "compressed-tensors, awq and gptq are read; give the original checkpoint or such an "
+            "export of it"
         )
     there = _object(file, "hf_quant_config.json")
     there = _object(there.get("quantization", there), "quantization in hf_quant_config.json")

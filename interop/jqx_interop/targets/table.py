@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from jqx.config import Choice
 from jqx.tensors import QTensor
 from jqx_interop.checkpoints import TensorOut
 
-from . import ct_config, ct_layout, layout, modelopt
+from . import ct_config, ct_layout, int4_config, int4_layout, layout, modelopt
 from .ct_schemes import METHOD, find_scheme
+from .reading import QUANTIZE_CONFIG, Meant, Said, read_compressed_tensors, read_int4, read_modelopt
 
 Describe = Callable[[Mapping[str, Choice], Iterable[str], str | None], dict[str, Any]]
 Shape = tuple[int, ...]
@@ -28,7 +30,14 @@ class Target:
     that of a scale.
     `quantization_config` gives what is added to config.json, `files` further descriptions by name.
     `supports`: whether it has a name for what is chosen for a linear; `kv_formats`: the formats of
-    keys and values.
+    keys and values. `read`: what its descriptions mean; `shifted`: whether the arrays of a linear
+    have zero points, for which QTensors have no codes; `beside`: arrays that a linear of others may
+    have and none of ours.
+
+    `scale`: the leaf that every quantized linear has; `optional`: leaves that others leave out;
+    `any_float`: leaves that others store in other floating-point dtypes. `half_scales`: whether
+    scales are float16. `uniform`: whether all linears have one format; `multiple`: what divides
+    both axes of a weight.
     """
 
     name: str
@@ -43,7 +52,78 @@ class Target:
     files: Mapping[str, Describe]
     supports: Callable[[Choice], bool]
     kv_formats: tuple[str, ...]
+    read: Callable[[Said], Meant | None]
+    shifted: Callable[[Mapping[str, np.ndarray]], bool] = lambda arrays: False
+    beside: Callable[[str, Choice, Shape], list[TensorOut]] = lambda path, choice, shape: []
+    scale: str = "weight_scale"
+    optional: tuple[str, ...] = ()
+    any_float: tuple[str, ...] = ()
+    half_scales: bool = False
+    uniform: bool = False
+    multiple: int = 1
 
+    @property
+    def smooths(self) -> bool:
+        """Whether there is a place for what inputs are multiplied by."""
+        return "pre_quant_scale" in self.leaves
+
+    def lacks(self, choice: Choice, shape: Shape) -> str | None:
+        """Why a weight of `shape` cannot be stored as `choice` says; None if it can."""
+        if not self.supports(choice):
+            beside = f" and {choice.variant} factors" if choice.variant else ""
+            inputs = "plain" if choice.input is None else choice.input
+            return f"{self.name} has no name for {choice.weight} with {inputs} inputs{beside}"
+        if any(size % self.multiple for size in shape):
+            told = " x ".join(map(str, shape))
+            return f"{self.name} packs {self.multiple} codes together, which do not divide {told}"
+        return None
+
+    def apart(self, choices: Mapping[str, Choice]) -> str | None:
+        """Why these formats cannot be in one checkpoint; None if they can."""
+        found = {choice: path for path, choice in choices.items()}
+        if not self.uniform or len(found) < 2:
+            return None
+        told = ", ".join(f"{choice.weight} ({path})" for choice, path in found.items())
+        return f"{self.name} holds one format in a checkpoint, and there are {told}"
+
+
+ZERO_POINTS = ("qzeros", ct_layout.ZERO_POINT)
+"""Leaves that hold zero points in some layout."""
+
+_NO_KV = "keys and values are not quantized in this layout"
+
+
+def _int4(name: str, arrays: int4_layout.Int4Layout, describe: Describe, *files: str) -> Target:
+    """A layout of INT4 weights alone, described in config.json and again in `files`."""
+
+    def kv_name(path: str, leaf: str) -> str:
+        raise AssertionError(_NO_KV)
+
+    return Target(
+        name=name,
+        readers="vLLM, SGLang, transformers",
+        named=arrays.named,
+        outputs=arrays.outputs,
+        gathered=arrays.gathered,
+        leaves=tuple(leaf for leaf in int4_layout.LEAVES if arrays.indexed or leaf != "g_idx"),
+        kv_name=kv_name,
+        kv_shape=(),
+        quantization_config=describe,
+        files=dict.fromkeys(files, describe),
+        supports=int4_layout.is_int4,
+        kv_formats=(),
+        read=read_int4,
+        shifted=arrays.shifted,
+        scale="scales",
+        optional=("g_idx",),
+        any_float=("scales",),
+        half_scales=True,
+        uniform=True,
+        multiple=int4_layout.EIGHT,
+    )
+
+
+_GPTQ_V1 = partial(int4_config.gptq_config, version=int4_config.GPTQ)
 
 TARGETS = {
     target.name: target
@@ -61,6 +141,7 @@ TARGETS = {
             files={"hf_quant_config.json": modelopt.describe},
             supports=lambda choice: modelopt.find_algo(choice) is not None,
             kv_formats=tuple(modelopt.KV_ALGOS),
+            read=read_modelopt,
         ),
         Target(
             name=METHOD,
@@ -75,6 +156,13 @@ TARGETS = {
             files={},
             supports=lambda choice: find_scheme(choice) is not None,
             kv_formats=tuple(ct_config.KV_SCHEMES),
+            read=read_compressed_tensors,
+            any_float=("weight_scale",),
+            shifted=ct_layout.has_zero_points,
+            beside=ct_layout.zero_points,
         ),
+        _int4("awq", int4_layout.AUTOAWQ, int4_config.awq_config),
+        _int4("gptq", int4_layout.GPTQ, int4_config.gptq_config, QUANTIZE_CONFIG),
+        _int4("gptq-v1", int4_layout.GPTQ_V1, _GPTQ_V1, QUANTIZE_CONFIG),
     )
 }

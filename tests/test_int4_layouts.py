@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layouts of AutoAWQ and GPTQ against their definitions, bit by bit, and the checkpoints of
+others.
+"""
+
+import json
+
+import exports
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import write
+from command import refused, snapshot
+from damage import arrays
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jqx
+import jqx_interop as ji
+from jqx.algorithms.linear import Linear
+from jqx.algorithms.shared import half_scaled
+from jqx.config import Choice
+from jqx.errors import InputError
+from jqx.formats import find_format
+from jqx.tensors import QTensor
+from jqx_interop.stored import open_model
+from jqx_interop.targets import TARGETS
+
+NAMES = ("awq", "gptq", "gptq-v1")
+ORDER = {"awq": (0, 2, 4, 6, 1, 3, 5, 7), "gptq": range(8), "gptq-v1": range(8)}
+STORED_ZERO = {"awq": 0, "gptq": 0, "gptq-v1": -1}
+F32 = np.dtype("f4")
+
+
+# --- definitions, one code at a time
+
+
+def word(codes, order):
+    """Eight codes in one int32."""
+    found = sum(int(codes[place]) << (4 * i) for i, place in enumerate(order))
+    return np.uint32(found).view(np.int32)
+
+
+def defined(name, codes, zeros, scales):
+    """The arrays of unsigned codes [n, k] with zero points and scales [n, blocks]."""
+    (n, k), blocks, order = codes.shape, zeros.shape[1], ORDER[name]
+    if name == "awq":
+        qweight = [[word(codes[j : j + 8, i], order) for j in range(0, n, 8)] for i in range(k)]
+    else:
+        qweight = [[word(codes[j, i : i + 8], order) for j in range(n)] for i in range(0, k, 8)]
+    kept = zeros + STORED_ZERO[name]
+    qzeros = [[word(kept[j : j + 8, b], order) for j in range(0, n, 8)] for b in range(blocks)]
+    found = {"qweight": np.int32(qweight), "qzeros": np.int32(qzeros)}
+    found["scales"] = scales.T.astype(np.float16)
+    if name != "awq":
+        found["g_idx"] = np.int32([i // (k // blocks) for i in range(k)])
+    return found
+
+
+def drawn(seed, n, k, block):
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16, (n, k))
+    scales = rng.uniform(1e-3, 1, (n, k // block)).astype(np.float16).astype(np.float32)
+    return codes, rng.integers(1, 16, scales.shape), scales
+
+
+def choice_of(block):
+    return Choice(weight="int4" if block == 128 else f"int4_b{block}")
+
+
+SHAPES = st.sampled_from([(8, 128, 128), (16, 64, 32), (24, 256, 128), (8, 32, 8), (64, 96, 32)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), shape=SHAPES)
+def test_arrays_follow_the_definition(name, seed, shape):
+    n, k, block = shape
+    codes, _, scales = drawn(seed, n, k, block)
+    wanted = defined(name, codes, np.full(scales.shape, 8), scales)
+    values = (codes - 8) * np.repeat(scales, block, axis=1)
+    q = TARGETS[name].gathered(wanted, choice_of(block), (n, k), F32)
+    assert q.low_rank is None
+    np.testing.assert_array_equal(jax.jit(lambda q: q.decode(jnp.float32))(q), values)
+    named = {leaf.removeprefix("a."): a for leaf, a in TARGETS[name].named("a", q).items()}
+    assert {leaf: a.tobytes() for leaf, a in named.items()} == {
+        leaf: a.tobytes() for leaf, a in wanted.items()
+    }
+    promised = TARGETS[name].outputs("a", choice_of(block), (n, k), F32, False)
+    assert [(t.name, t.shape) for t in promised] == [(f"a.{k}", a.shape) for k, a in named.items()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), shape=SHAPES)
+def test_other_zero_points_mean_the_same_matrix(name, seed, shape):
+    n, k, block = shape
+    codes, zeros, scales = drawn(seed, n, k, block)
+    given_arrays = defined(name, codes, zeros, scales)
+    values = (codes - np.repeat(zeros, block, axis=1)) * np.repeat(scales, block, axis=1)
+    q = TARGETS[name].gathered(given_arrays, choice_of(block), (n, k), F32)
+    q = jax.tree.map(jnp.asarray, q)
+    assert TARGETS[name].shifted(given_arrays) == bool(np.any(zeros != 8))
+    x = np.random.default_rng(seed).standard_normal((2, k)).astype(np.float32)
+    out = jax.jit(jqx.quantized(lambda p, x: x @ p["w"].T))({"w": q}, x)
+    np.testing.assert_allclose(out, x @ values.T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("run", [half_scaled, jax.jit(half_scaled, static_argnames="fmt")])
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.floats(2.0**-30, 2.0**16))
+def test_scales_are_numbers_of_float16_that_are_nearest(run, seed, size):
+    fmt = find_format("int4_b32")
+    w = (np.random.default_rng(seed).standard_normal((16, 64)) * size).astype(np.float32)
+    w[0] = 0
+    linear = run(Linear(jnp.asarray(w)), fmt=fmt)
+    q = QTensor.quantize(jnp.asarray(w), fmt, linear.amax)
+    found = np.asarray(q.scale)
+    np.testing.assert_array_equal(found.astype(np.float16).astype(np.float32), found)
+    wanted = np.abs(w.reshape(16, 2, 32)).max(-1) / np.float32(7)
+    clipped = np.clip(wanted.astype(np.float16), np.float16(2.0**-24), np.float16(65504))
+    np.testing.assert_array_equal(found[1:], clipped.astype(np.float32)[1:])
+    assert np.all(found > 0)
+    assert not np.asarray(q.decode())[0].any()
+
+
+# --- checkpoints
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Name of a layout -> an export of the same model, quantized to it."""
+    root = tmp_path_factory.mktemp("int4")
+    base = exports.write_base(root / "llama", "llama")
+    found = {"base": base}
+    for name in (*NAMES, "modelopt"):
+        found[name] = root / name
+        ji.ptq(base, root / name, "int4_blockwise_weight_only", target=name)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_there_and_back_with_the_same_bytes(made, tmp_path, name):
+    for i, other in enumerate(("modelopt", "compressed-tensors", *NAMES)):
+        ji.export(made[name], tmp_path / f"there{i}", other)
+        ji.export(tmp_path / f"there{i}", tmp_path / f"back{i}", name)
+        assert snapshot(tmp_path / f"back{i}") == snapshot(made[name])
+    model = ji.load(made[name])
+    saved = ji.save(model, tmp_path / "saved", target=name)
+    assert exports.read_tensors(saved) == exports.read_tensors(made[name])
+
+
+def test_layouts_hold_the_same_model(made):
+    trees = [jax.tree.leaves(ji.load(made[name]).params) for name in NAMES]
+    for leaves in zip(*trees, strict=True):
+        assert len({np.asarray(leaf).tobytes() for leaf in leaves}) == 1
+
+
+@pytest.mark.parametrize("recipe", ["int4_gptq", "int4_wmse"])
+def test_searched_scales_fit_too(made, tmp_path, recipe):
+    calib = {"calib_size": 4, "calib_seq": 32, "calib": tmp_path / "ids.npy"}
+    np.save(calib["calib"], np.random.default_rng(0).integers(0, 128, (4, 32)).astype(np.int32))
+    ji.ptq(made["base"], tmp_path / "awq", recipe, target="awq", **calib)
+    ji.ptq(made["base"], tmp_path / "mo", recipe, **calib)
+    ji.export(tmp_path / "awq", tmp_path / "back", "modelopt")
+    found, wanted = (arrays(tmp_path / f) for f in ("back", "mo"))
+    for name in (n for n in wanted if n.endswith("_scale")):
+        np.testing.assert_allclose(found[name], wanted[name], rtol=2.0**-11)
+    codes = [n for n in wanted if wanted[n].dtype == np.uint8]
+    same = [np.mean(found[n] == wanted[n]) for n in codes]
+    assert min(same) > 0.97, dict(zip(codes, same, strict=True))
+
+
+def with_config(folder, **changes):
+    path = folder / "config.json"
+    said = json.loads(path.read_text())
+    said["quantization_config"] |= changes
+    path.write_text(json.dumps(said))
+
+
+def copied(source, folder):
+    ji.export(source, folder, source.name)
+    return folder
+
+
+def test_as_others_write_it(made, tmp_path):
+    """bfloat16 or float32 scales, no g_idx, a file beside config.json, names of other versions."""
+    source = arrays(made["gptq"])
+    folder = copied(made["gptq"], tmp_path / "one")
+    plain = {k: v for k, v in source.items() if not k.endswith("g_idx")}
+    wide = {k: v.astype(np.float32) if k.endswith(".scales") else v for k, v in plain.items()}
+    write(folder, wide)
+    models = [ji.load(made["gptq"]), ji.load(folder)]
+    for mine, its in zip(*(jax.tree.leaves(m.params) for m in models), strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(its))
+    for name, file in (("awq", "quant_config.json"), ("gptq-v1", "quantize_config.json")):
+        folder = copied(made[name], tmp_path / name)
+        path = folder / "config.json"
+        said = json.loads(path.read_text())
+        words = said.pop("quantization_config")
+        if name == "awq":
+            words = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
+        else:
+            words.pop("checkpoint_format")
+        path.write_text(json.dumps(said))
+        (folder / file).write_text(json.dumps(words))
+        assert open_model(folder).target.name == name
+        assert len(open_model(folder).choices) == 14
+
+
+def test_zero_points_of_others_run(made, tmp_path):
+    folder = copied(made["awq"], tmp_path / "awq")
+    changed = arrays(folder)
+    name = "model.layers.0.mlp.up_proj.qzeros"
+    changed[name] = changed[name] ^ np.int32(0x10)  # 9 instead of 8 in one place of eight
+    write(folder, changed)
+    ids = np.arange(12)[None, :]
+    before, after = (ji.load(f) for f in (made["awq"], folder))
+    logits = [np.asarray(m.apply({"params": m.params}, ids)) for m in (before, after)]
+    assert np.isfinite(logits[1]).all()
+    assert np.abs(logits[0] - logits[1]).max() > 1e-3
+    q = after.params["model"]["layers"]["0"]["mlp"]["up_proj"]["weight"]
+    scales = changed["model.layers.0.mlp.up_proj.scales"].astype(np.float32)
+    shift = np.asarray(q.low_rank[0] @ q.low_rank[1])
+    row = ORDER["awq"][1]
+    np.testing.assert_array_equal(shift[row], -np.repeat(scales[:, row], 128))
+    assert not shift[0].any()
+    refused("export", folder, tmp_path / "out", "--target", "modelopt", saying="has zero points")
+    with pytest.raises(InputError, match="has a low-rank part, which awq does not store"):
+        ji.save(after, tmp_path / "out", target="awq")
+
+
+WRONG = {
+    "bits": ({"bits": 8}, "its codes have 8 bits"),
+    "version": ({"version": "gemv"}, "arranged for gemv"),
+    "group": ({"group_size": "128"}, "its group_size is '128'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG)
+def test_descriptions_that_are_not_read(made, tmp_path, changes, message):
+    folder = copied(made["awq"], tmp_path / "awq")
+    with_config(folder, **changes)
+    refused("eval", folder, saying=message)
+
+
+def test_gptq_that_is_not_read(made, tmp_path):
+    folder = copied(made["gptq"], tmp_path / "gptq")
+    with_config(folder, dynamic={"+:.*mlp.*": {"bits": 8}})
+    refused("eval", folder, saying="a description of their own (dynamic)")
+    with_config(folder, dynamic={}, checkpoint_format="marlin")
+    refused("eval", folder, saying="checkpoint_format is marlin")
+    with_config(folder, checkpoint_format="gptq_v2")
+    changed = arrays(folder)
+    name = "model.layers.1.mlp.down_proj.g_idx"
+    changed[name] = changed[name][::-1].copy()
+    write(folder, changed)
+    told = r"1\.mlp\.down_proj: its columns are in another order \(desc_act\), which is not read"
+    with pytest.raises(InputError, match=told):
+        ji.load(folder)
+
+
+def test_a_checkpoint_that_is_half_there(made, tmp_path):
+    for name in NAMES:
+        folder = copied(made[name], tmp_path / name)
+        source = arrays(folder)
+        for lost in ("qzeros", "scales"):
+            path = f"model.layers.0.self_attn.k_proj.{lost}"
+            write(folder, {k: v for k, v in source.items() if k != path})
+            refused("eval", folder, saying=path)
+        path = "model.layers.0.self_attn.k_proj.qweight"
+        write(folder, source | {path: source[path][:, :-1]})
+        refused("eval", folder, saying=f"tensor {path} has shape")
+
+
+def test_what_is_refused_for_these_layouts(made, tmp_path):
+    out = tmp_path / "out"
+    told = "has scales that float16 does not hold, and awq stores them in it: --round-scales"
+    refused("export", made["modelopt"], out, "--target", "awq", saying=told)
+    ji.export(made["modelopt"], tmp_path / "rounded", "awq", round_scales=True)
+    model = ji.load(made["modelopt"])
+    with pytest.raises(InputError, match="pass round_scales=True"):
+        ji.save(model, out, target="awq")
+    ji.save(model, tmp_path / "saved", target="awq", round_scales=True)
+    same = [exports.read_tensors(tmp_path / f) for f in ("rounded", "saved")]
+    assert same[0] == same[1]
+    asked = ("--qformat", "fp8", "--target", "gptq")
+    refused("quantize", made["base"], out, *asked, saying="gptq has no name for fp8")
+    asked = ("--qformat", "int4_blockwise_weight_only", "--kv-cache", "fp8", "--target", "gptq")
+    refused("quantize", made["base"], out, *asked, saying="gptq holds no keys and values")
+    mixed = tmp_path / "mixed.yaml"
+    mixed.write_text(
+        "extends: int4_blockwise_weight_only\nrules:\n"
+        '  - {path_glob: "*down_proj*", weight: int4_b64}\n'
+    )
+    told = "awq holds one format in a checkpoint, and there are int4"
+    refused("quantize", made["base"], out, "--recipe", mixed, "--target", "awq", saying=told)
+    assert not out.exists()
+
+
+def test_codes_that_do_not_fill_words(tmp_path):
+    problem = TARGETS["awq"].lacks(Choice(weight="int4_b4"), (12, 16))
+    assert problem == "awq packs 8 codes together, which do not divide 12 x 16"
