@@ -14,9 +14,10 @@ from jqx.calibration.moments import Wanted
 from jqx.errors import InputError
 from jqx.recipes import Recipe
 
+from .attentions import Attention
 from .checkpoints import ShardWriter, TensorOut, Workspace, digest, dtype_name, plan_file
 from .collecting import kinds_of, readers, wanted_of
-from .job import Attention, Job, prepare
+from .job import Job, prepare
 from .pipeline import Inputs, fingerprint, load_inputs, source_of
 from .progress import Progress
 from .runner import BlockStats

@@ -62,16 +62,21 @@ def refuse_unheard(name: str, config: QuantConfig) -> None:
 
 
 def choices_for(
-    config: QuantConfig, inventory: Inventory, name: str, target: Target | None
+    config: QuantConfig,
+    inventory: Inventory,
+    name: str,
+    target: Target | None,
+    *,
+    fold: bool = False,
 ) -> dict[str, Choice]:
     """What is chosen for every linear that the recipe `name` quantizes, in module order, for the
-    layout `target`; None where nothing is written.
+    layout `target`; None where nothing is written. `fold`: nothing may stay beside codes.
 
     Raises InputError for what cannot be stored, with the first problem, and if nothing is chosen.
     """
     resolved = {m.path: resolve(config, m.weight, m.kind) for m in inventory.modules}
     choices = {
-        path: dataclasses.replace(choice, variant=_variant(config, choice.weight))
+        path: dataclasses.replace(choice, variant=_variant(config, choice.weight, fold))
         for path, choice in resolved.items()
         if choice.weight is not None
     }
@@ -98,8 +103,10 @@ def choices_for(
     return choices
 
 
-def _variant(config: QuantConfig, name: str) -> str | None:
-    return variant_of(config.steps, find_format(name))
+def _variant(config: QuantConfig, name: str, fold: bool) -> str | None:
+    """What the algorithm leaves beside the codes of a weight; low-rank parts fold into nothing."""
+    found = variant_of(config.steps, find_format(name))
+    return None if fold and found != "svd" else found
 
 
 def _problem(module: Module, choice: Choice, target: Target | None) -> str | None:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jqx.algorithms.table import ALGORITHMS, params_of
+from jqx.algorithms.table import ALGORITHMS, params_of, variant_of
 from jqx.config import KV_FORMATS, Choice, KVFormat, QuantConfig
 from jqx.errors import InputError, nearest
-from jqx.models import ModelSpec, block_prefix, kinds, param_shapes
+from jqx.formats import find_format
+from jqx.models import ModelSpec, param_shapes
 from jqx.recipes import Recipe, find_kv, find_recipe, with_kv
 
+from .attentions import Attention, attentions_of
 from .checkpoints import (
     DTYPES,
     Checkpoint,
@@ -33,7 +35,7 @@ from .choices import (
     wanted_kinds,
 )
 from .families import spec_from_config
-from .folding import Folds, plan_folds
+from .folding import Folds, fold_all, plan_folds
 from .inventory import FLOATS, Inventory, Module, same_tensor, take_inventory
 from .settings import Settings
 from .targets import (
@@ -49,34 +51,6 @@ KEPT = "e_score_correction_bias"
 """The ending of tensors that keep their dtype."""
 
 _NO_KV = "no keys and values: use --kv-cache none"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attention:
-    """The attention of one block: its path, the unit it is in, its key and value linears, and its
-    sizes.
-    """
-
-    path: str
-    unit: int
-    k: str
-    v: str
-    kv_heads: int
-    head_dim: int
-
-    def outputs(self, job: "Job") -> list[TensorOut]:
-        """The tensors of its stored keys and values, where `job` stores them; biases have the dtype
-        of the model.
-        """
-        found, target = [], job.target
-        for linear, letter in ((self.k, "k"), (self.v, "v")):
-            name = target.kv_name(linear, f"{letter}_scale")
-            found.append(TensorOut(name, "F32", target.kv_shape))
-            if job.kv_format.affine:
-                name = target.kv_name(linear, f"{letter}_bias")
-                shape = (1, self.kv_heads, 1, self.head_dim)
-                found.append(TensorOut(name, dtype_name(job.dtype), shape))
-        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,19 +109,39 @@ class Job:
     @cached_property
     def folds(self) -> Folds:
         """Which norms and linears take the factors of others."""
-        return plan_folds(self.spec, self.choices)
+        if not self.fold or self.spec is None:
+            return plan_folds(self.spec, self.choices)
+        affine = self.kv is not None and self.kv_format.affine
+        return fold_all(self.spec, self.scaled, values=not affine)
+
+    @property
+    def fold(self) -> bool:
+        """Whether there are factors of inputs and all of them are folded."""
+        return bool(self.scaled) and _folds(self.settings)
+
+    @cached_property
+    def scaled(self) -> dict[str, Choice]:
+        """The quantized linears whose algorithm scales input channels."""
+        steps = self.config.steps
+        return {
+            path: choice
+            for path, choice in self.choices.items()
+            if variant_of(steps, find_format(choice.weight or "")) in ("awq", "smooth")
+        }
 
     @property
     def searches(self) -> bool:
         """Whether more is done than to reach the largest magnitudes."""
         reported = self.settings.report is not None
-        rounded = self.target.half_scales
+        rounded = self.target.half_scales  # to scales that float16 holds
         return reported or rounded or any(step.method != "max" for step in self.config.steps)
 
     def shares(self, path: str) -> bool:
         """Whether linears that read the same input share tensor scales and factors with `path`."""
-        algo = find_algo(self.choices[path])
-        return algo is not None and algo.unified
+        algo, choice = find_algo(self.choices[path]), self.choices[path]
+        if choice.weight == "fp8" and self.settings.unify_fp8:
+            return True
+        return self.fold if algo is None else algo.unified
 
     def cast(self, name: str) -> bool:
         """Whether a tensor becomes one in the dtype of the model; integers do not, nor what decides
@@ -171,7 +165,11 @@ class Job:
     @cached_property
     def attentions(self) -> tuple[Attention, ...]:
         """The attention of every block, in order; none for an architecture that is not defined."""
-        return tuple(_attentions(self.spec, self.inventory)) if self.spec else ()
+        return tuple(attentions_of(self.spec, self.inventory)) if self.spec else ()
+
+    def kv_outputs(self, attention: Attention) -> list[TensorOut]:
+        """The tensors of the stored keys and values of one attention."""
+        return attention.outputs(self.target, self.kv_format.affine, self.dtype)
 
     def linear_outputs(self, path: str) -> list[TensorOut]:
         """The tensors of one quantized linear."""
@@ -200,6 +198,12 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
             f"--kv-cache {job.kv} needs the keys and values of the model, and model_type "
             f"{job.checkpoint.config.get('model_type')!r} is not defined here; "
             f"use --kv-cache none or one that ends in _cast"
+        )
+    if job.fold and job.spec is None:
+        raise InputError(
+            f"factors of inputs are folded into the weights before, and model_type "
+            f"{job.checkpoint.config.get('model_type')!r} is not defined here: take another "
+            "algorithm, or --no-fold with --target modelopt"
         )
     searched = [step.method for step in job.config.steps if step.method != "max"]
     if settings.low_memory and searched:
@@ -251,9 +255,16 @@ def decide(
         settings=settings,
         dtype=DTYPES[dtype_key],
         inventory=inventory,
-        choices=choices_for(config, inventory, row.name, None if in_memory else target),
+        choices=choices_for(
+            config, inventory, row.name, None if in_memory else target, fold=_folds(settings)
+        ),
         outputs=(),
     )
+
+
+def _folds(settings: Settings) -> bool:
+    """Whether factors of inputs may stay nowhere: as asked, else by what the layout holds."""
+    return not TARGETS[settings.target].smooths if settings.fold is None else settings.fold
 
 
 def _refuse_unreached(job: Job) -> None:
@@ -311,20 +322,6 @@ def own_head(checkpoint: Checkpoint, spec: ModelSpec) -> ModelSpec:
     return dataclasses.replace(spec, tied=False)
 
 
-def _attentions(spec: ModelSpec, inventory: Inventory) -> Iterable[Attention]:
-    names = spec.names
-    for i, (unit, kind) in enumerate(zip(inventory.blocks, kinds(spec), strict=True)):
-        prefix, row = block_prefix(spec, i), kind.attention
-        yield Attention(
-            path=f"{prefix}.{names.k.rpartition('.')[0]}",
-            unit=unit,
-            k=f"{prefix}.{names.k}",
-            v=f"{prefix}.{names.v}",
-            kv_heads=row.kv_heads,
-            head_dim=row.head_dim,
-        )
-
-
 def _outputs(job: Job) -> Iterable[TensorOut]:
     """Every tensor of the destination in the order of a torch state_dict."""
     after = _companions(job)
@@ -345,5 +342,5 @@ def _companions(job: Job) -> dict[str, list[TensorOut]]:
     """
     groups = {path: job.linear_outputs(path)[1:] for path in job.choices}
     for attention in job.attentions if job.needs_kv else ():
-        groups[attention.path] = attention.outputs(job)
+        groups[attention.path] = job.kv_outputs(attention)
     return companions(job.inventory.tensors, groups)

@@ -184,6 +184,8 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         "threads": processors(),
         "report": job.settings.report is not None,
         "low_memory": job.settings.low_memory,
+        "fold": job.fold,
+        "unify_fp8": job.settings.unify_fp8,
     }
 
 
@@ -197,7 +199,7 @@ def _names_in(job: Job, units: set[int]) -> set[str]:
         for tensor in job.outputs
         if tensor.name in sources or owner_of(tensor.name, paths) in mine
     }
-    kept = (a.outputs(job) for a in job.attentions if job.needs_kv and a.unit in units)
+    kept = (job.kv_outputs(a) for a in job.attentions if job.needs_kv and a.unit in units)
     return found | {tensor.name for tensors in kept for tensor in tensors}
 
 

@@ -16,10 +16,11 @@ from jqx.errors import InputError
 from jqx.models import block_prefix, kinds, project_kv
 from jqx.tensors.paths import unflatten
 
+from .attentions import Attention
 from .collecting import Collecting, readers, wanted_of
 from .data import Activations
 from .device import compute_of
-from .job import Attention, Job
+from .job import Job
 from .runner import BlockStats, Folding
 from .weights import read_tensor
 

@@ -15,9 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqx.algorithms import InputStats, Linear, calibrated, finished, stored
+from jqx.algorithms.linear import TIED
 from jqx.algorithms.quality import measure
-from jqx.algorithms.shared import gain_scaled, half_scaled, rows_scaled, unified
-from jqx.algorithms.table import ALGORITHMS
+from jqx.algorithms.shared import (
+    gain_scaled,
+    half_scaled,
+    not_above_one,
+    rows_scaled,
+    unified,
+    with_input_amax,
+)
+from jqx.algorithms.table import ALGORITHMS, apart, unscaled
 from jqx.calibration import input_scale
 from jqx.config import INPUT_FORMATS, Algorithm
 from jqx.errors import InputError
@@ -39,7 +47,7 @@ class Search:
     def __init__(self, job: Job, groups: Groups, inputs: Mapping[str, InputStats]):
         """Nothing is read yet."""
         self._job, self._groups, self._inputs = job, groups, inputs
-        self._steps = _divided(job.config.steps)
+        self._steps = _divided(apart(job.config.steps) if job.fold else job.config.steps)
         self._linears: dict[str, Linear] = {}
         self._factors: dict[str, jax.Array] = {}  # what inputs are multiplied by in all
         self._row_factors: dict[str, jax.Array] = {}
@@ -101,11 +109,20 @@ class Search:
             if fmt.tensor_bound is not None and _bounded(self._steps[0]):
                 most = max(amax[p] for p in alike(self._job, group, path))
                 linear = linear._replace(tensor_amax=jnp.asarray(most))
+            scales = job.folds.scales(path)
+            steps = self._steps[0] if scales else unscaled(self._steps[0])
             try:
-                found = calibrated(linear, dict(inputs), fmt=fmt, steps=self._steps[0])
+                found = calibrated(linear, self._tied(path, inputs), fmt=fmt, steps=steps)
             except InputError as error:
                 raise InputError(f"{path}: {error}") from error
             self._linears[path] = jax.block_until_ready(found)
+
+    def _tied(self, path: str, inputs: InputStats) -> dict[str, Any]:
+        """The statistics of a linear, with what says which of its channels must share a factor."""
+        if (shared := self._job.folds.values.get(path)) is None:
+            return dict(inputs)
+        channels = np.arange(np.prod(shared), dtype=np.int32).reshape(shared)
+        return {**inputs, TIED: np.moveaxis(channels, 1, 0).reshape(shared.group, -1)}
 
     def _format(self, path: str) -> Format:
         return find_format(self._job.choices[path].weight or "")
@@ -115,13 +132,28 @@ class Search:
         for source, target in self._job.folds.rows.items():
             if source not in self._linears:
                 continue
+            shared = self._job.folds.values.get(source)
+            if shared is not None:  # what is stored of values may not grow
+                self._linears[source] = not_above_one(self._linears[source])
             p = self._linears[source].pre_quant_scale
             assert p is not None
-            self._linears[source] = self._linears[source]._replace(pre_quant_scale=None)
+            self._factors[source] = p
+            self._linears[source] = self._refitted(source)._replace(pre_quant_scale=None)
+            if shared is not None:
+                p = p.reshape(shared)[:, 0].reshape(-1)
             self._linears[target] = rows_scaled(self._linears[target], p)
-            self._row_factors[target] = self._factors[source] = p
+            self._row_factors[target] = p
             if (name := f"{target}.bias") in self._job.checkpoint.tensors:
                 yield name, np.asarray(gain_scaled(jnp.asarray(read_tensor(self._job, name)), p))
+
+    def _refitted(self, path: str) -> Linear:
+        """A linear with the largest magnitude of inputs that its factor leaves, where all factors
+        are folded; elsewhere what ModelOpt has.
+        """
+        linear, stats = self._linears[path], self._inputs.get(path, {})
+        if not self._job.fold or linear.input_amax is None or "channel_amax" not in stats:
+            return linear
+        return with_input_amax(linear, stats["channel_amax"])
 
     def _unify(self, group: tuple[str, ...]) -> None:
         """One input_scale, tensor scale and factor for members of one format."""
@@ -177,7 +209,7 @@ class Search:
                 assert p is not None
                 done.setdefault(norm, p)
                 self._factors[path] = p
-                self._linears[path] = self._linears[path]._replace(pre_quant_scale=None)
+                self._linears[path] = self._refitted(path)._replace(pre_quant_scale=None)
         for norm, p in done.items():
             plus_one = norm in self._job.folds.plus_one
             gain = jnp.asarray(read_tensor(self._job, f"{norm}.weight"))
@@ -192,7 +224,7 @@ class Search:
             assert linear.input_amax is not None
             row = INPUT_FORMATS[choice.input or ""]
             scale = input_scale(float(linear.input_amax), bound, path, row.code_max)
-        q = q.replace(input_scale=scale)
+        q = q.replace(input_scale=scale, input_format=choice.input)
         self.facts[path] = {k: float(v) for k, v in linear.facts.items() if not np.ndim(v)}
         if job.settings.report:
             self.facts[path] |= self._measured(path, q)

@@ -28,7 +28,9 @@ class Settings:
     the recipe; `restart`: throw an unfinished run away; `report`: a new directory for what became
     of every linear. The errors of outputs are measured then, which needs calibration data;
     `low_memory`: blocks are run on weights that are compressed when they are read, which the
-    algorithm "max" alone can do.
+    algorithm "max" alone can do; `fold`: factors of inputs go into the weights before, so that no
+    engine need apply them (None: where the layout has no place for them); `unify_fp8`: linears that
+    read one input share their FP8 scale, as engines that fuse them compute.
     """
 
     kv_cache: str | None = None
@@ -47,6 +49,8 @@ class Settings:
     restart: bool = False
     report: str | Path | None = None
     low_memory: bool = False
+    fold: bool | None = None
+    unify_fp8: bool = False
 
     def check(self) -> None:
         """Raise InputError for numbers, sizes and names that none of these can be."""

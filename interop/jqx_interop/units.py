@@ -15,8 +15,9 @@ import numpy as np
 
 from jqx.calibration import kv_scale
 
+from .attentions import Attention
 from .checkpoints import DTYPES, ShardWriter
-from .job import Attention, Job
+from .job import Job
 from .runner import BlockStats
 from .searched import Facts, Search
 from .weights import Groups, checked_amax, encode_group, linear_groups, read_tensor

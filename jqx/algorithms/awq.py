@@ -17,12 +17,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
+from jqx.config import Algorithm
 from jqx.errors import InputError
 from jqx.formats import Format, block_amax, fake_quantize
 from jqx_kernels.bits import divide, round_to
 from jqx_kernels.blocks import from_blocks, spread, to_blocks
 
-from .linear import InputStats, Linear, known, smoothed
+from .linear import InputStats, Linear, known, smoothed, tied
 from .power import power
 from .quadratic import block_gram, gram, least, output_error, scaled
 from .simulate import simulate
@@ -108,9 +109,9 @@ def awq_lite(linear: Linear, fmt: Format, stats: InputStats, params: AwqLite) ->
 
     Inputs are not rounded in the search. Raises InputError for statistics that are not there.
     """
-    x = known(stats, "channel_mean", "awq_lite")
+    x = tied(known(stats, "channel_mean", "awq_lite"), stats, jnp.mean)
     known(stats, "channel_amax", "awq_lite")
-    w = column_magnitudes(linear.weight, fmt)
+    w = tied(column_magnitudes(linear.weight, fmt), stats, jnp.mean)
     count = int(np.ceil((1.0 + params.alpha_step) / params.alpha_step - 1e-9))
     alphas = jnp.asarray(np.arange(count) * params.alpha_step, jnp.float32)
 
@@ -252,6 +253,13 @@ def awq_full(linear: Linear, fmt: Format, stats: InputStats, params: AwqFull) ->
         met = round_to(seen["channel_amax"], done.weight.dtype)
         done = done._replace(input_amax=jnp.max(met))
     return awq_clip(done, fmt, seen, params.clip)
+
+
+def full_parts(params: AwqFull) -> tuple[Algorithm, ...]:
+    """Both steps by themselves."""
+    clip = {"min_clip_ratio": params.min_clip_ratio, "shrink_step": params.shrink_step}
+    lite = Algorithm.of("awq_lite", alpha_step=params.alpha_step)
+    return lite, Algorithm.of("awq_clip", **clip)
 
 
 def column_magnitudes(w: Float[Array, "n k"], fmt: Format) -> Float32[Array, "k"]:

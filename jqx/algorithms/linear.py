@@ -5,7 +5,7 @@ weight' = weight * diag(1 / pre_quant_scale) - low_rank     what codes are found
 y = (x * pre_quant_scale) weight'^T + low rank part         what runs
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jqx.formats import Format, block_amax, encode
 from jqx.formats.format import grid_shape
 from jqx.tensors import QTensor
 from jqx_kernels.bits import divide, round_to
+
+Reduce = Callable[[Array, int], Array]
 
 InputStats = Mapping[str, Any]
 """Kind of statistic -> what is known of the inputs of one linear, an array."""
@@ -53,6 +55,22 @@ def known(stats: InputStats, kind: str, algorithm: str) -> Array:
             f"Calibrate for {algorithm}"
         )
     return stats[kind]
+
+
+TIED = "tied"
+"""The statistic that says which input channels must have one factor: int32 [members, groups], the
+channels of every group; every channel is in one.
+"""
+
+
+def tied(x: Float32[Array, "k"], stats: InputStats, over: Reduce) -> Float32[Array, "k"]:
+    """`x`, one number a channel, with that of `over` of its group in the place of each where
+    channels are tied.
+    """
+    if TIED not in stats:
+        return x
+    groups = stats[TIED]
+    return jnp.zeros_like(x).at[groups].set(over(x[groups], 0)[None, :])
 
 
 def scale_amax(linear: Linear, fmt: Format) -> Float32[Array, "..."]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jqx.config import Algorithm
 from jqx.formats import Format
 
 from .linear import InputStats, Linear
@@ -23,6 +24,7 @@ class AlgorithmRow:
     what it chooses is the scale of inputs that is stored. `bounded`: whether it searches scales of
     blocks below a tensor scale that linears with one input share from the start.
     `finish`: what comes after all steps, once everything is settled that linears share.
+    `parts`: the steps that it is, one after the other, where it is several.
     `variant`: the row of VARIANTS for what it leaves beside codes and scales. `products`: about as
     many products of the weight with all second moments is its work. `about`: one line for people.
     """
@@ -38,3 +40,4 @@ class AlgorithmRow:
     finish: Run | None = None
     variant: str | None = None
     products: int = 0
+    parts: Callable[[Any], tuple[Algorithm, ...]] | None = None

@@ -37,6 +37,9 @@ def unified(members: Sequence[Linear], *, fmt: Format) -> list[Linear]:
     if all(m.input_amax is not None for m in out):
         most = jnp.max(jnp.stack([m.input_amax for m in out if m.input_amax is not None]))
         out = [m._replace(input_amax=most) for m in out]
+    if fmt.block == (None, None):
+        whole = [weight_amax(m.weight) if m.amax is None else m.amax.reshape(()) for m in out]
+        out = [m._replace(amax=jnp.max(jnp.stack(whole))) for m in out]
     if fmt.tensor_bound is not None:
         reach = [weight_amax(m.weight) if m.tensor_amax is None else m.tensor_amax for m in out]
         out = [m._replace(tensor_amax=jnp.max(jnp.stack(reach))) for m in out]
@@ -96,6 +99,35 @@ def rows_scaled(linear: Linear, p: Float[Array, "n"]) -> Linear:
     dtype = linear.weight.dtype
     weight = (linear.weight.astype(jnp.float32) * p.astype(jnp.float32)[:, None]).astype(dtype)
     return linear._replace(weight=weight, amax=None, tensor_amax=None)
+
+
+@jax.jit
+def not_above_one(linear: Linear) -> Linear:
+    """`linear` with the power of two taken off its pre_quant_scale that leaves none above 1, and
+    put into its weight: nothing is rounded.
+    """
+    p = linear.pre_quant_scale
+    assert p is not None
+    wide = p.astype(jnp.float32)
+    power = jnp.ldexp(jnp.float32(1), jnp.frexp(jnp.max(wide))[1])
+    weight = linear.weight.astype(jnp.float32) * power
+    return linear._replace(
+        pre_quant_scale=divide(wide, power).astype(p.dtype),
+        weight=weight.astype(linear.weight.dtype),
+        amax=None,
+        tensor_amax=None,
+    )
+
+
+@jax.jit
+def with_input_amax(linear: Linear, channel_amax: Float[Array, "k"]) -> Linear:
+    """`linear` with the largest magnitude of its inputs after its pre_quant_scale, `channel_amax`
+    being that of every channel before it.
+    """
+    p, dtype = linear.pre_quant_scale, linear.weight.dtype
+    assert p is not None
+    met = round_to(channel_amax.astype(jnp.float32), dtype) * p.astype(jnp.float32)
+    return linear._replace(input_amax=jnp.max(round_to(met, dtype)))
 
 
 @partial(jax.jit, static_argnames=("fmt",))

@@ -16,7 +16,7 @@ from jqx.errors import InputError
 from jqx.formats import Format, block_amax
 from jqx_kernels.bits import divide, round_to
 
-from .linear import InputStats, Linear, known, smoothed
+from .linear import InputStats, Linear, known, smoothed, tied
 from .power import power
 
 NONE = 2.0**-31  # the magnitude up to which a channel counts as never met
@@ -50,9 +50,10 @@ def smoothquant(linear: Linear, fmt: Format, stats: InputStats, params: SmoothQu
             f"{fmt.element.bits}: take awq_lite"
         )
     x, w = known(stats, "channel_amax", "smoothquant"), linear.weight
-    columns = block_amax(w, (None, 1))[0]
+    x = tied(x, stats, jnp.max)
+    columns = tied(block_amax(w, (None, 1))[0], stats, jnp.max)
     top = round_to(power(columns, jnp.float32(1 - params.alpha)), w.dtype)
     s = divide(top, power(x, jnp.float32(params.alpha)))
     s = jnp.where((jnp.min(s) <= NONE) & (x <= NONE), jnp.float32(1), s)
     s = jnp.clip(s, jnp.float32(LEAST), jnp.float32(MOST))
-    return smoothed(linear, s, x).told(alpha=jnp.float32(params.alpha))
+    return smoothed(linear, s, stats["channel_amax"]).told(alpha=jnp.float32(params.alpha))

@@ -16,6 +16,7 @@ from .awq import (
     awq_full,
     awq_lite,
     clip_needs,
+    full_parts,
     lite_needs,
 )
 from .gptq import Gptq, gptq
@@ -160,6 +161,7 @@ ALGORITHMS = {
             needs=lite_needs,
             variant="awq",
             applies=clipped,
+            parts=full_parts,
         ),
         AlgorithmRow(
             name="gptq",
@@ -199,6 +201,20 @@ def params_of(step: Algorithm) -> object:
                 raise InputError(f"{step.method} has no parameters, and {key} is given")
             raise nearest(key, allowed, f"parameter of {step.method}")
     return kind(**dict(step.params))
+
+
+def apart(steps: Iterable[Algorithm]) -> tuple[Algorithm, ...]:
+    """`steps` with those that are several in a row as these."""
+    found: list[Algorithm] = []
+    for step in steps:
+        parts = ALGORITHMS[step.method].parts
+        found += [step] if parts is None else parts(params_of(step))
+    return tuple(found)
+
+
+def unscaled(steps: Iterable[Algorithm]) -> tuple[Algorithm, ...]:
+    """Those of `steps` that leave nothing beside codes and scales."""
+    return tuple(step for step in steps if ALGORITHMS[step.method].variant is None)
 
 
 def applicable(steps: tuple[Algorithm, ...], fmt: Format) -> tuple[Algorithm, ...]:

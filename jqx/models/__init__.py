@@ -12,6 +12,7 @@ from .decoder import head as head
 from .decoder import positions_of as positions_of
 from .decoder import project_kv as project_kv
 from .layers import GAIN_OFFSETS as GAIN_OFFSETS
+from .layout import Shared as Shared
 from .layout import block_prefix as block_prefix
 from .layout import block_shapes as block_shapes
 from .layout import input_groups as input_groups
@@ -21,6 +22,7 @@ from .layout import linears as linears
 from .layout import norm_readers as norm_readers
 from .layout import param_shapes as param_shapes
 from .layout import row_feeders as row_feeders
+from .layout import value_reader as value_reader
 from .spec import BF16 as BF16
 from .spec import COMPUTES as COMPUTES
 from .spec import FLOAT32 as FLOAT32

@@ -8,6 +8,7 @@ that of a sorted tree.
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from .spec import BlockKind, ModelSpec
 
@@ -87,6 +88,25 @@ def row_feeders(spec: ModelSpec, kind: BlockKind) -> dict[str, str]:
     names, row = spec.names, kind.attention
     found = {names.down: names.up}
     return found | ({names.out: names.v} if row.heads == row.kv_heads else {})
+
+
+class Shared(NamedTuple):
+    """How the input channels of an output projection share those of the values: channel
+    (key head, query head of it, channel of a head) is channel (key head, channel) of the values.
+    """
+
+    kv_heads: int
+    group: int
+    head_dim: int
+
+
+def value_reader(spec: ModelSpec, kind: BlockKind) -> tuple[str, str, Shared]:
+    """The linear that reads values after attention has mixed tokens, the one that makes them, and
+    how their channels belong together; names relative to the block.
+    """
+    row = kind.attention
+    shared = Shared(row.kv_heads, row.heads // row.kv_heads, row.head_dim)
+    return spec.names.out, spec.names.v, shared
 
 
 def linears(spec: ModelSpec, kind: BlockKind) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from .console import (
     print_table,
     size,
 )
+from .export import complete_targets
 
 if TYPE_CHECKING:
     from jqx_interop.job import Job
@@ -119,8 +120,30 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         typer.Option(help=COMPUTE, rich_help_panel=HOW, autocompletion=complete_compute),
     ] = "auto",
     target: Annotated[
-        str, typer.Option(help="The layout: see `jqx targets`.", rich_help_panel=HOW)
+        str,
+        typer.Option(
+            help="The layout: see `jqx targets`.",
+            rich_help_panel=HOW,
+            autocompletion=complete_targets,
+        ),
     ] = "modelopt",
+    fold: Annotated[
+        bool | None,
+        typer.Option(
+            "--fold/--no-fold",
+            help="Fold factors of inputs into the weights before, as engines without a place for "
+            "them need (default: where the layout has none).",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    unify_fp8: Annotated[
+        bool,
+        typer.Option(
+            "--unify-fp8",
+            help="One FP8 scale for linears that read one input: what engines compute with.",
+            rich_help_panel=HOW,
+        ),
+    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw an unfinished run away.", rich_help_panel=HOW)
     ] = False,
@@ -165,6 +188,8 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         restart=restart,
         report=report,
         low_memory=low_memory,
+        fold=fold,
+        unify_fp8=unify_fp8,
     )
     job = prepare(model, read_recipe(recipe) if recipe else qformat, settings)
     inputs = load_inputs(job)
