@@ -18,6 +18,7 @@ from jqx.models import param_shapes
 from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
 
+from .checkpoints import open_checkpoint
 from .job import Job, decide
 from .recipe_files import recipe_of
 from .searched import Search
@@ -34,7 +35,7 @@ def read_compressed(model: str | Path, recipe: Any) -> tuple[Source, dict[str, A
     Raises InputError for what cannot be read or is quantized already, and for a recipe that needs
     calibration for more than scales of inputs.
     """
-    job = decide(model, recipe_of(recipe), Settings(), in_memory=True)
+    job = decide(open_checkpoint(model), recipe_of(recipe), Settings(), in_memory=True)
     assert job.spec is not None
     _refuse_calibrated(job)
     spec = replace(job.spec, kv_cache=job.kv)

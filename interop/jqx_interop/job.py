@@ -37,6 +37,7 @@ from .choices import (
 from .families import spec_from_config
 from .folding import Folds, fold_all, plan_folds
 from .inventory import FLOATS, Inventory, Module, same_tensor, take_inventory
+from .outlines import open_outline
 from .settings import Settings
 from .targets import (
     TARGETS,
@@ -81,6 +82,11 @@ class Job:
     def modules(self) -> dict[str, Module]:
         """Module path -> module."""
         return {module.path: module for module in self.inventory.modules}
+
+    @property
+    def outlined(self) -> bool:
+        """Whether there are no weights, only a config.json."""
+        return not self.checkpoint.files
 
     @property
     def target(self) -> Target:
@@ -189,9 +195,16 @@ class Job:
         return (*kept, *self.inventory.absent)
 
 
-def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
-    """Decide everything about a run. Raises InputError for whatever would stop it later."""
-    job = decide(model, recipe, settings)
+def prepare(
+    model: str | Path, recipe: str | Recipe, settings: Settings, *, planned: bool = False
+) -> Job:
+    """Decide everything about a run. `planned`: it is not to be carried out, so that a config.json
+    is enough. Raises InputError for whatever would stop it later.
+    """
+    checkpoint = open_outline(model) if planned else open_checkpoint(model)
+    job = decide(checkpoint, recipe, settings)
+    if job.outlined and job.spec is None:
+        return dataclasses.replace(job, outputs=tuple(_outputs(job)))
     _refuse_unreached(job)
     if job.needs_kv and job.spec is None:
         raise InputError(
@@ -216,13 +229,12 @@ def prepare(model: str | Path, recipe: str | Recipe, settings: Settings) -> Job:
 
 
 def decide(
-    model: str | Path, recipe: str | Recipe, settings: Settings, *, in_memory: bool = False
+    checkpoint: Checkpoint, recipe: str | Recipe, settings: Settings, *, in_memory: bool = False
 ) -> Job:
     """What the recipe says about each linear of a checkpoint. `in_memory`: nothing will be written,
     so formats need no name in a layout, and the model must be one that can be run.
     """
     settings.check()
-    checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)
     row = find_recipe(recipe) if isinstance(recipe, str) else recipe
     if settings.target not in TARGETS:
@@ -232,6 +244,7 @@ def decide(
     config = with_kv(apply_options(row.config, settings), kv)
     data_free = not calibrated(config) and (kv is None or KV_FORMATS[kv].cast)
     recorded = settings.activations is not None or settings.stats is not None
+    recorded = recorded or not checkpoint.files
     spec = _spec(checkpoint, must=in_memory or (not data_free and not recorded))
     if spec is not None:
         check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
