@@ -13,8 +13,10 @@ or KEEP (what an earlier rule said).
 import dataclasses
 import enum
 import fnmatch
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from .errors import InputError, nearest
@@ -212,12 +214,21 @@ def covers(glob: str, path: str, kind: str | None = None) -> bool:
     After a = it matches the module itself: that of a weight, or for the kind "attention" `path`;
     one of them where the kind is not known.
     """
-    glob, parts = glob.replace("/", "."), path.split(".")
+    glob = glob.replace("/", ".")
     if glob.startswith("="):
         module = path.rpartition(".")[0]
         names = {"attention": (path,), None: (path, module)}.get(kind, (module,))
         return any(fnmatch.fnmatchcase(name, glob[1:]) for name in names)
-    return any(fnmatch.fnmatchcase(".".join(parts[:i]), glob) for i in range(len(parts), 0, -1))
+    return _at_a_dot(glob).match(path) is not None
+
+
+@lru_cache(maxsize=1024)
+def _at_a_dot(glob: str) -> re.Pattern[str]:
+    """What matches a path where `glob` matches the whole of it, or what is before one of its
+    dots.
+    """
+    pattern = fnmatch.translate(glob)[:-2]  # without the end of the text that it asks for
+    return re.compile(rf"{pattern}(?=\.|\Z)")
 
 
 STORED_BESIDE = {("nvfp4_b32", "fp8"): "nvfp4_b32_fp8"}

@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,11 @@ import typer.main
 
 import jqx
 import jqx_interop
-from jqx.algorithms.table import variant_of
-from jqx.config import KV_FORMATS, resolve
-from jqx.formats import find_format
+from jqx.config import KV_FORMATS
 from jqx.recipes import RECIPES
 from jqx_interop import tables
 from jqx_interop.cli.app import DEBUG, app
+from jqx_interop.engine_table import engine_rows, recipe_choice
 from jqx_interop.kernel_table import kernel_rows
 from jqx_interop.targets import find_algo
 
@@ -41,6 +39,7 @@ TABLES = {
     "families": tables.family_rows,
     "targets": tables.target_rows,
     "kernels": kernel_rows,
+    "engines": engine_rows,
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -184,22 +183,15 @@ def test_tables_are_those_of_the_code():
 
 
 def test_the_engine_table_has_every_recipe_under_its_name():
-    rows = re.findall(r"^\| (`\w.*?) \| (?:`(\w+)`|none:.*?) \|", TEXT, re.MULTILINE)
-    names = {recipe: algo for cell, algo in rows for recipe in re.findall(r"`(\w+)`", cell)}
-    assert set(names) == set(RECIPES)
+    named = {}
+    for row in engine_rows():
+        names = re.findall(r"`(\w+)`", row["recipe"])
+        named |= {(name, row["target"].strip("`")): row["stored as"].strip("`") for name in names}
+    assert {name for name, _ in named} == set(RECIPES)
     for recipe in RECIPES.values():
-        algo = find_algo(chosen(recipe))
-        assert names[recipe.name] == (algo.quant_algo if algo else ""), recipe.name
-
-
-def chosen(recipe):
-    """What a recipe says about the first of these that it quantizes."""
-    for path in ("mlp.up_proj", "mlp.experts.0.up_proj"):
-        choice = resolve(recipe.config, f"model.layers.0.{path}.weight", "linear")
-        if choice.weight is not None:
-            variant = variant_of(recipe.config.steps, find_format(choice.weight))
-            return replace(choice, variant=variant)
-    raise AssertionError(recipe.name)
+        algo = find_algo(recipe_choice(recipe))
+        told = named.get((recipe.name, "modelopt"))
+        assert told == (algo.quant_algo.upper() if algo else None), recipe.name
 
 
 def test_every_kv_format_has_a_row():

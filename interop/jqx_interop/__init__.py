@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compare import compare_checkpoints as compare_checkpoints
+    from .engines import Verdict as Verdict
+    from .engines import Verification as Verification
+    from .engines import engines_for as engines_for
+    from .engines import verify as verify
     from .evaluation import EvalSettings as EvalSettings
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate as evaluate
@@ -43,6 +47,10 @@ _HOMES = {
     "Sampling": "generation",
     "save": "saving",
     "Settings": "settings",
+    "Verdict": "engines",
+    "Verification": "engines",
+    "engines_for": "engines",
+    "verify": "engines",
 }
 
 

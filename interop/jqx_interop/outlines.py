@@ -148,10 +148,7 @@ def open_outline(model: str | Path) -> Checkpoint:
     """
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
-    weights = (
-        any(child.match("*.safetensors*") for child in path.iterdir()) if path.is_dir() else False
-    )
-    if weights or not file.is_file() or file.suffix != ".json":
+    if any(file.parent.glob("*.safetensors*")) or not file.is_file() or file.suffix != ".json":
         return open_checkpoint(model)
     config = read_beside(file.parent, file.name) or {}
     try:

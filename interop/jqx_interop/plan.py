@@ -26,6 +26,7 @@ from jqx.tensors.paths import owner_of
 from .chain import ROWS_PER_CALL
 from .checkpoints import parse_size, plan_shards
 from .device import callers, compute_of
+from .engines import Verdict, engines_for
 from .job import Job
 from .report import Coverage, coverage_of
 from .weights import CHUNK, encode_weight, linear_groups
@@ -51,7 +52,9 @@ class LinearPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The forecast of a run: bytes, seconds; `tokens` is 0 where no model is run."""
+    """The forecast of a run: bytes, seconds; `tokens` is 0 where no model is run; `engines`: what
+    every engine will make of the result, as far as formats tell.
+    """
 
     recipe: str
     kv_cache: str
@@ -66,11 +69,13 @@ class Plan:
     peak_memory_bytes: int
     spilled_bytes: int
     seconds: float
+    engines: tuple[Verdict, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         data = asdict(self)
         data["coverage"]["share"] = self.coverage.share
+        data["engines"] = {verdict.engine: verdict.to_json() for verdict in self.engines}
         return data
 
 
@@ -104,6 +109,7 @@ def make_plan(job: Job, tokens: int = 0, out: Path | None = None) -> Plan:
         peak_memory_bytes=memory,
         spilled_bytes=spilled,
         seconds=round(_seconds(job, tokens), 1),
+        engines=engines_for(job.choices, job.settings.target, job.kv),
     )
 
 

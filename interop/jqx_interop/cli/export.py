@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .console import MODEL, Bars, out, print_json, size
+from .engines import look_at, tell_engines, verdicts_json
 
 
 def complete_targets(incomplete: str) -> list[str]:
@@ -51,8 +52,10 @@ def export(
             round_scales=round_scales,
             progress=bars,
         )
+        verdicts = look_at(destination, bars)
     if as_json:
-        print_json(done.to_json())
+        print_json(done.to_json() | {"engines": verdicts_json(verdicts)})
     else:
         told = f"{done.linears} linears from {done.source} to {done.target}, {size(done.bytes)}"
         out.print(f"{destination}: {told}", markup=False)
+        tell_engines(verdicts)

@@ -20,9 +20,11 @@ from .console import (
     print_table,
     size,
 )
+from .engines import look_at, tell_engines, verdicts_json
 from .export import complete_targets
 
 if TYPE_CHECKING:
+    from jqx_interop.engines import Verdict
     from jqx_interop.job import Job
     from jqx_interop.plan import Plan
     from jqx_interop.report import Report
@@ -202,7 +204,8 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         if err.is_terminal:
             bars.note(_forecast(make_plan(job, inputs.tokens, destination)))
         done = run(job, destination, bars, inputs)
-    _show_report(done, as_json)
+        verdicts = look_at(destination, bars)
+    _show_report(done, verdicts, as_json)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -255,14 +258,15 @@ def _show_plan(plan: "Plan", as_json: bool) -> None:
         ("peak memory", f"about {size(plan.peak_memory_bytes)}"),
         ("hidden states on disk", size(plan.spilled_bytes) if plan.spilled_bytes else "none"),
         ("time", f"about {duration(plan.seconds)}"),
+        ("loaded by", ", ".join(v.label for v in plan.engines if v.loads) or "no engine"),
     ]
     print_table("", ("cost", ""), costs)
     out.print(plan.coverage.line, markup=False)
 
 
-def _show_report(report: "Report", as_json: bool) -> None:
+def _show_report(report: "Report", verdicts: "tuple[Verdict, ...]", as_json: bool) -> None:
     if as_json:
-        print_json(report.to_json())
+        print_json(report.to_json() | {"engines": verdicts_json(verdicts)})
         return
     from jqx_interop.report_files import PAGE
 
@@ -277,3 +281,4 @@ def _show_report(report: "Report", as_json: bool) -> None:
         weights = "; no inputs could be had, so its errors are those of weights alone"
         of = weights if report.errors_of == "weights" else ""
         out.print(f"report: {Path(report.report) / PAGE}{of}", markup=False)
+    tell_engines(verdicts)
