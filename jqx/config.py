@@ -12,15 +12,13 @@ or KEEP (what an earlier rule said).
 
 import dataclasses
 import enum
-import fnmatch
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from .errors import InputError, nearest
 from .formats import FORMATS, find_format
+from .globs import covers
 
 
 class Keep(enum.Enum):
@@ -207,28 +205,6 @@ def check_names(rule: Rule) -> None:
 def base_format(name: str) -> str:
     """The row of `FORMATS` that `name` varies: `int4` for `int4_b64`."""
     return name if name in FORMATS else name.rpartition("_b")[0]
-
-
-def covers(glob: str, path: str, kind: str | None = None) -> bool:
-    """Whether a rule with this glob is about `path`: it matches the path or a module around it.
-    After a = it matches the module itself: that of a weight, or for the kind "attention" `path`;
-    one of them where the kind is not known.
-    """
-    glob = glob.replace("/", ".")
-    if glob.startswith("="):
-        module = path.rpartition(".")[0]
-        names = {"attention": (path,), None: (path, module)}.get(kind, (module,))
-        return any(fnmatch.fnmatchcase(name, glob[1:]) for name in names)
-    return _at_a_dot(glob).match(path) is not None
-
-
-@lru_cache(maxsize=1024)
-def _at_a_dot(glob: str) -> re.Pattern[str]:
-    """What matches a path where `glob` matches the whole of it, or what is before one of its
-    dots.
-    """
-    pattern = fnmatch.translate(glob)[:-2]  # without the end of the text that it asks for
-    return re.compile(rf"{pattern}(?=\.|\Z)")
 
 
 STORED_BESIDE = {("nvfp4_b32", "fp8"): "nvfp4_b32_fp8"}

@@ -8,8 +8,9 @@ dots or slashes.
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .config import QuantConfig, covers, resolve
+from .config import QuantConfig, resolve
 from .errors import InputError
+from .globs import covers
 from .selection import kinds
 from .transforms import Axes
 

@@ -22,11 +22,11 @@ from .config import (
     Rule,
     base_format,
     check_names,
-    covers,
     resolve,
 )
 from .errors import InputError
 from .formats import FORMATS, find_format
+from .globs import covers
 from .modelopt_config import read_config
 from .recipes import RECIPES, find_recipe
 from .steps import check_steps

@@ -18,13 +18,13 @@ from jqx.config import (
     Algorithm,
     Choice,
     base_format,
-    covers,
     from_json,
     resolve,
     to_json,
     with_block,
 )
 from jqx.formats import find_format
+from jqx.globs import covers
 from jqx.selection import config_of
 from jqx.steps import check_steps, parameters, with_option
 

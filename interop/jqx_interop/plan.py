@@ -9,7 +9,7 @@ in it takes.
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .chain import ROWS_PER_CALL
 from .checkpoints import parse_size, plan_shards
 from .device import callers, compute_of
 from .engines import Verdict, engines_for
+from .families import context_of
 from .job import Job
 from .report import Coverage, coverage_of
 from .weights import CHUNK, encode_weight, linear_groups
@@ -53,7 +54,8 @@ class LinearPlan:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """The forecast of a run: bytes, seconds; `tokens` is 0 where no model is run; `engines`: what
-    every engine will make of the result, as far as formats tell.
+    every engine will make of the result, as far as formats tell; `notes`: what it rests on where
+    there are no weights.
     """
 
     recipe: str
@@ -70,6 +72,7 @@ class Plan:
     spilled_bytes: int
     seconds: float
     engines: tuple[Verdict, ...]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -101,7 +104,7 @@ def make_plan(job: Job, tokens: int = 0, out: Path | None = None) -> Plan:
             for p, c in job.choices.items()
         ),
         coverage=coverage_of(job),
-        source_bytes=sum(file.stat().st_size for file in job.checkpoint.files),
+        source_bytes=_source_bytes(job),
         output_bytes=sum(shard.size for shard in shards),
         free_bytes=shutil.disk_usage(_existing(out or Path.cwd())).free,
         files=len(shards),
@@ -110,7 +113,35 @@ def make_plan(job: Job, tokens: int = 0, out: Path | None = None) -> Plan:
         spilled_bytes=spilled,
         seconds=round(_seconds(job, tokens), 1),
         engines=engines_for(job.choices, job.settings.target, job.kv),
+        notes=tuple(_notes(job)),
     )
+
+
+def _source_bytes(job: Job) -> int:
+    if job.outlined:
+        return sum(tensor.nbytes for tensor in job.checkpoint.tensors.values())
+    return sum(file.stat().st_size for file in job.checkpoint.files)
+
+
+def _notes(job: Job) -> Iterator[str]:
+    """What to know of a plan that is made of a config.json alone."""
+    if not job.outlined:
+        return
+    yield f"no weights are here: this is what {job.dtype.name} ones by config.json would give"
+    kind = job.checkpoint.config.get("model_type")
+    if job.spec is None and (job.needs_inputs or job.needs_kv):
+        yield (
+            f"model_type {kind!r} cannot be calibrated here: a run needs recorded inputs "
+            "(--activations) or statistics (--stats), and their time is not counted"
+        )
+
+
+def tokens_of(job: Job) -> int:
+    """How many tokens a run would calibrate on, where its data are not looked at."""
+    if job.spec is None or not (job.needs_inputs or job.needs_kv):
+        return 0
+    length = min(job.settings.calib_seq, context_of(job.checkpoint.config))
+    return job.settings.calib_size * length
 
 
 def _existing(path: Path) -> Path:

@@ -166,8 +166,8 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
     A run that was interrupted goes on where it was when the same command is given again.
     """
     from jqx_interop.job import prepare
-    from jqx_interop.pipeline import load_inputs, run
-    from jqx_interop.plan import make_plan
+    from jqx_interop.pipeline import Inputs, load_inputs, run
+    from jqx_interop.plan import make_plan, tokens_of
     from jqx_interop.recipe_files import read_recipe
     from jqx_interop.settings import Settings
 
@@ -193,10 +193,11 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         fold=fold,
         unify_fp8=unify_fp8,
     )
-    job = prepare(model, read_recipe(recipe) if recipe else qformat, settings)
-    inputs = load_inputs(job)
+    job = prepare(model, read_recipe(recipe) if recipe else qformat, settings, planned=plan)
+    inputs = Inputs() if job.outlined else load_inputs(job)
     if plan:
-        _show_plan(make_plan(job, inputs.tokens, destination), as_json)
+        tokens = tokens_of(job) if job.outlined else inputs.tokens
+        _show_plan(make_plan(job, tokens, destination), as_json)
         return
     assert destination is not None
     with Bars() as bars:
@@ -262,6 +263,8 @@ def _show_plan(plan: "Plan", as_json: bool) -> None:
     ]
     print_table("", ("cost", ""), costs)
     out.print(plan.coverage.line, markup=False)
+    for note in plan.notes:
+        out.print(note, markup=False)
 
 
 def _show_report(report: "Report", verdicts: "tuple[Verdict, ...]", as_json: bool) -> None:
