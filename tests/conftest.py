@@ -25,6 +25,14 @@ settings.load_profile("same")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What tests/engines needs, which is not part of the environment of the other tests."""
+    group = parser.getgroup("engines")
+    group.addoption("--engines", help="the environment that tests/engines/make_env.sh made")
+    group.addoption("--writers", help="the environment that tests/engines/make_writer_env.sh made")
+    group.addoption("--engine-model", help="a checkpoint in the place of the bundled one")
+
+
 MAPPED = Path("/proc/self/maps")
 MOST_MAPPED = 30_000
 """Mappings of memory; a process may have 65,530 by default, and dies where a compiled program needs

@@ -4,10 +4,12 @@ and back with the same bytes, and what is refused.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import exports
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import write
@@ -96,6 +98,30 @@ def test_quantizing_to_it_is_exporting_to_it(folders, tmp_path, recipe):
     assert configs[0] == configs[1]
     found, wanted = (bits_per_weight(open_model(tmp_path / folder)) for folder in ("ct", "mo"))
     assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "fp8_per_channel_per_token", "int8_weight_only"])
+def test_scales_in_the_dtype_of_the_model(tmp_path, recipe):
+    """As llm-compressor stores them, those of inputs, keys and values too."""
+    base = exports.write_base(tmp_path / "llama", "llama")
+    acts = exports.write_activations(tmp_path / "acts.safetensors", "llama")
+    ji.ptq(base, tmp_path / "ct", recipe, target=METHOD, kv_cache="fp8", activations=acts)
+    short = {
+        name: a.astype(jnp.bfloat16) if name.endswith("_scale") else a
+        for name, a in arrays(tmp_path / "ct").items()
+    }
+    assert {"k_scale", "v_scale", "weight_scale"} <= {n.rpartition(".")[2] for n in short}
+    wide = {n: a.astype(np.float32) if n.endswith("_scale") else a for n, a in short.items()}
+    models = []
+    for folder, tensors in (("short", short), ("wide", wide)):
+        shutil.copytree(tmp_path / "ct", tmp_path / folder)
+        write(tmp_path / folder, tensors)
+        models.append(ji.load(tmp_path / folder))
+        ji.export(tmp_path / folder, tmp_path / f"{folder} there", "modelopt")
+    for mine, its in zip(*(jax.tree.leaves(m.params) for m in models), strict=True):
+        assert mine.dtype == its.dtype
+        assert bits(mine) == bits(its)
+    assert snapshot(tmp_path / "short there") == snapshot(tmp_path / "wide there")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -49,6 +49,8 @@ NOT_RUN = {
     "pip install": "installs what is installed",
     "pre-commit install": "changes the repository",
     "pytest ": "would run this test again",
+    "bash tests/engines/": "installs an engine",
+    "python tests/engines/": "runs an engine",
     "jqx --install-completion": "changes the shell's configuration",
     "jqx quantize Qwen/": "fetches a model from the Hub",
 }
@@ -173,7 +175,7 @@ def test_what_is_not_run_is_there():
 def test_the_first_line_that_runs_pytest_is_the_test_command():
     found = re.findall(r"^pytest .*$", TEXT, re.MULTILINE)
     assert found
-    assert '-m "not slow"' in found[0]
+    assert '-m "not slow and not engine"' in found[0]
     assert "--jaxtyping-packages=jqx,jqx_interop,jqx_kernels" in found[0]
 
 

@@ -174,7 +174,9 @@ def _arrays(source: Source, row: Target, progress: Progress) -> Iterator[tuple[s
         left -= set(names)
     for tensor in kv_tensors(source.spec, source.dtype):
         old, new = tensor.stored(source.target), tensor.stored(row)
-        yield new.name, checkpoint.read(old.name).reshape(new.shape)
+        array = checkpoint.read(old.name)
+        scale = tensor.leaf.endswith("_scale")  # which others store in the model's dtype
+        yield new.name, (array.astype(np.float32) if scale else array).reshape(new.shape)
         left.discard(old.name)
     for name in sorted(left):
         yield name, checkpoint.read(name)

@@ -212,7 +212,7 @@ def _checked(source: Source, name: str, problems: list[str]) -> jax.Array:
     array = source.checkpoint.read(name)
     if problem := bad_numbers(name, array):
         problems.append(problem)
-    return copied(array.reshape(()) if array.size == 1 else array)
+    return copied(array.astype(np.float32).reshape(()) if name.endswith("_scale") else array)
 
 
 def copied(array: np.ndarray) -> jax.Array:

@@ -69,7 +69,8 @@ def stored_problems(
                 expected |= {t.name: t for t in linear}
         else:
             expected[name] = TensorOut(name, "", shape)
-    expected |= {t.name: t for t in (kv.stored(target) for kv in kv_tensors(spec, dtype))}
+    cached = (_any_float(kv.stored(target), target) for kv in kv_tensors(spec, dtype))
+    expected |= {t.name: t for t in cached}
     for tensor in expected.values():
         problems += _differs(have.get(tensor.name), tensor)
     for name in have:
@@ -163,11 +164,8 @@ def _linear(
     optional = algo is not None and algo.engine_scales_inputs
     static = choice.static_input and (given or not optional)
     for tensor in target.outputs(path, choice, *like, static):
-        leaf = _apart_of(tensor.name)[1]
-        if leaf in target.any_float and tensor.dtype in FLOATS:
-            tensor = TensorOut(tensor.name, "", tensor.shape)
-        if leaf not in target.optional or tensor.name in have:
-            yield tensor
+        if _apart_of(tensor.name)[1] not in target.optional or tensor.name in have:
+            yield _any_float(tensor, target)
     yield from (tensor for tensor in target.beside(path, choice, like[0]) if tensor.name in have)
     factor = input_factor(path, *like)
     if factor.name in have and "pre_quant_scale" in target.leaves:
@@ -175,6 +173,12 @@ def _linear(
     rank = _rank(have, path)
     if algo is not None and algo.low_rank and rank is not None:
         yield from low_rank_factors(path, like[0], rank, like[1])
+
+
+def _any_float(tensor: TensorOut, target: Target) -> TensorOut:
+    """Without its dtype if others store it in another floating-point one."""
+    free = _apart_of(tensor.name)[1] in target.any_float and tensor.dtype in FLOATS
+    return TensorOut(tensor.name, "", tensor.shape) if free else tensor
 
 
 def _rank(have: Mapping[str, TensorInfo], path: str) -> int | None:

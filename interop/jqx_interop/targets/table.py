@@ -157,7 +157,7 @@ TARGETS = {
             supports=lambda choice: find_scheme(choice) is not None,
             kv_formats=tuple(ct_config.KV_SCHEMES),
             read=read_compressed_tensors,
-            any_float=("weight_scale",),
+            any_float=("weight_scale", "input_scale", "k_scale", "v_scale"),
             shifted=ct_layout.has_zero_points,
             beside=ct_layout.zero_points,
         ),
