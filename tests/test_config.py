@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jqx import KEEP, InputError, QuantConfig, Rule
@@ -337,17 +337,3 @@ def test_an_option_that_is_none_is_named(
 def test_the_option_block_is_that_of_the_weights():
     given = QuantConfig(rules=(Rule(weight="int4"),), algorithm="awq_lite")
     assert with_option(given, "block", "64") == with_block(given, 64)
-
-
-PIECES = st.lists(st.sampled_from(["a", "b", "ab", ".", "*", "?", "[ab]", "layers", "1", "11"]))
-
-
-@settings(max_examples=2000, deadline=None)
-@given(PIECES, st.lists(st.sampled_from(["a", "b", "ab", "layers", "1", "11"]), min_size=1))
-@example(["*", "a", "*", "b"], ["ab", "a", "b", "a"])
-def test_a_glob_covers_what_is_around_a_path(glob, parts):
-    """By definition: it matches one of the paths that end at a dot."""
-    pattern = "".join(glob)
-    around = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    wanted = any(fnmatch.fnmatchcase(name, pattern) for name in around)
-    assert covers(pattern, ".".join(parts)) == wanted

@@ -23,7 +23,7 @@ from jqx.config import KV_FORMATS
 from jqx.recipes import RECIPES
 from jqx_interop import tables
 from jqx_interop.cli.app import DEBUG, app
-from jqx_interop.engine_table import engine_rows, recipe_choice
+from jqx_interop.engine_table import engine_rows, recipe_choice, source_rows
 from jqx_interop.kernel_table import kernel_rows
 from jqx_interop.targets import find_algo
 
@@ -40,6 +40,7 @@ TABLES = {
     "targets": tables.target_rows,
     "kernels": kernel_rows,
     "engines": engine_rows,
+    "sources": source_rows,
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -12,6 +12,7 @@ from jqx.formats import find_format
 from jqx.recipes import RECIPES, Recipe
 
 from .engines import ENGINES, Verdict, engines_for, scheme_name
+from .engines.accepts import ACCEPTS
 from .targets import TARGETS
 
 PATHS = (
@@ -46,6 +47,18 @@ def engine_rows() -> list[dict[str, Any]]:
     ]
 
 
+def source_rows() -> list[dict[str, Any]]:
+    """One row a layout and engine: where what the engine reads of it is known from."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for row in ACCEPTS.values():
+        if row.layout in {target.method for target in TARGETS.values()}:
+            found.setdefault((row.layout, ENGINES[row.engine].title), {})[row.source] = None
+    return [
+        {"layout": f"`{layout}`", "engine": engine, "known from": "; ".join(sources)}
+        for (layout, engine), sources in found.items()
+    ]
+
+
 def _cells() -> Iterator[tuple[tuple[str, ...], str]]:
     """The cells of a recipe in a target, and its name; one row where no target has a name."""
     for target in TARGETS:
@@ -53,7 +66,7 @@ def _cells() -> Iterator[tuple[tuple[str, ...], str]]:
             choices = _held(recipe, target)
             if choices:
                 verdicts = engines_for(choices, target)
-                name = scheme_name(recipe_choice(recipe), target)
+                name = scheme_name(recipe_choice(recipe, target), target)
                 yield (f"`{target}`", f"`{name}`", *map(_cell, verdicts)), recipe.name
     for recipe in RECIPES.values():
         if not any(_held(recipe, name) for name in TARGETS):
@@ -62,11 +75,11 @@ def _cells() -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _held(recipe: Recipe, target: str) -> Mapping[str, Choice]:
     """What a recipe chooses for the linears of a block; empty where the target cannot hold it."""
-    choices = _choices(recipe)
+    choices = _choices(recipe, target)
     return choices if all(TARGETS[target].supports(c) for c in choices.values()) else {}
 
 
-def _choices(recipe: Recipe) -> dict[str, Choice]:
+def _choices(recipe: Recipe, target: str) -> dict[str, Choice]:
     found: dict[str, Choice] = {}
     for path in PATHS:
         if found and ".experts." in path:
@@ -75,13 +88,17 @@ def _choices(recipe: Recipe) -> dict[str, Choice]:
         choice = resolve(recipe.config, f"{name}.weight", "linear")
         if choice.weight is not None:
             variant = variant_of(recipe.config.steps, find_format(choice.weight))
+            if variant != "svd" and not TARGETS[target].smooths:
+                variant = None  # factors are folded
             found[name] = Choice(weight=choice.weight, input=choice.input, variant=variant)
     return found
 
 
-def recipe_choice(recipe: Recipe) -> Choice:
-    """What a recipe says about the linear that stands for it: the first of an MLP or expert."""
-    choices = _choices(recipe)
+def recipe_choice(recipe: Recipe, target: str = "modelopt") -> Choice:
+    """What a recipe says about the linear that stands for it, in a layout: the first of an MLP or
+    expert.
+    """
+    choices = _choices(recipe, target)
     first = (path for path in choices if path.endswith("up_proj"))
     return choices[next(first, next(iter(choices)))]
 

@@ -30,6 +30,9 @@ SCALED_EMBEDDINGS = frozenset(
     + ("vaultgemma", "minicpm3", "biogpt", "xglm", "t5gemma2", "diffusion_gemma")
 )
 OWN_POSITIONS = re.compile(r"(^|\.)embed_positions$")
+KEPT = "e_score_correction_bias"
+"""The ending of tensors that keep their dtype."""
+
 HEADS = ("lm_head.", "embed_out.", "output.", "transformer.output_layer.")
 SIBLINGS = (
     # queries of attention to another sequence read something else

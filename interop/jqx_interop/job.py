@@ -16,6 +16,7 @@ from jqx.formats import find_format
 from jqx.models import ModelSpec, param_shapes
 from jqx.recipes import Recipe, find_kv, find_recipe, with_kv
 
+from .architecture import optional_tensors, own_head, spec_of
 from .attentions import Attention, attentions_of
 from .checkpoints import (
     DTYPES,
@@ -34,9 +35,8 @@ from .choices import (
     refuse_unheard,
     wanted_kinds,
 )
-from .families import spec_from_config
 from .folding import Folds, fold_all, plan_folds
-from .inventory import FLOATS, Inventory, Module, same_tensor, take_inventory
+from .inventory import FLOATS, KEPT, Inventory, Module, take_inventory
 from .outlines import open_outline
 from .settings import Settings
 from .targets import (
@@ -47,9 +47,6 @@ from .targets import (
     input_factor,
     low_rank_factors,
 )
-
-KEPT = "e_score_correction_bias"
-"""The ending of tensors that keep their dtype."""
 
 _NO_KV = "no keys and values: use --kv-cache none"
 
@@ -245,7 +242,7 @@ def decide(
     data_free = not calibrated(config) and (kv is None or KV_FORMATS[kv].cast)
     recorded = settings.activations is not None or settings.stats is not None
     recorded = recorded or not checkpoint.files
-    spec = _spec(checkpoint, must=in_memory or (not data_free and not recorded))
+    spec = spec_of(checkpoint, must=in_memory or (not data_free and not recorded))
     if spec is not None:
         check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
         spec = own_head(checkpoint, spec)
@@ -309,30 +306,6 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is already quantized (quant_method {method!r}); "
             "give the original checkpoint"
         )
-
-
-def optional_tensors(spec: ModelSpec) -> tuple[str, ...]:
-    """Globs of tensors a checkpoint may hold although they are no parameters."""
-    head = (f"{spec.names.head}.weight",) if spec.tied else ()
-    return (*spec.names.buffers, *head)
-
-
-def _spec(checkpoint: Checkpoint, *, must: bool) -> ModelSpec | None:
-    """What the configuration describes; None if that is not defined here and need not be."""
-    try:
-        return spec_from_config(checkpoint.config)
-    except InputError as error:
-        if must:
-            raise InputError(f"{checkpoint.path}: {error}") from error
-        return None
-
-
-def own_head(checkpoint: Checkpoint, spec: ModelSpec) -> ModelSpec:
-    """`spec`, untied where a tied model ships a head that differs: the one reading of weights."""
-    head, table = f"{spec.names.head}.weight", f"{spec.names.embed}.weight"
-    if not spec.tied or head not in checkpoint.tensors or same_tensor(checkpoint, head, table):
-        return spec
-    return dataclasses.replace(spec, tied=False)
 
 
 def _outputs(job: Job) -> Iterable[TensorOut]:

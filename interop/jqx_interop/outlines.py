@@ -7,7 +7,8 @@ to count. Names and shapes are those of the checkpoints on the Hub.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .checkpoints import (
 from .checkpoints.checks import MODEL_DTYPES
 from .checkpoints.layout import nbytes
 from .families import FAMILIES, spec_from_config
+from .inventory import KEPT
 
 PLAIN = ("gate_proj", "up_proj", "down_proj")
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -56,7 +58,8 @@ class Outline:
     """A mixture of experts. `attention`: the linears of attention; `mlp`: the module with router
     and experts; `linears`: what those of an expert are called, gate, up and down; `experts`,
     `inner`: keys of their number and size; `dense`: which layers have none; `shared`: the module
-    and size of what all tokens take; `gates`: further linears of the module.
+    and size of what all tokens take; `gates`: further linears of the module;
+    `corrected`: whether the router has a bias of its scores.
     """
 
     attention: Callable[[Config], Shapes]
@@ -67,17 +70,25 @@ class Outline:
     dense: Callable[[Config, int], bool] = lambda config, i: False
     shared: Callable[[Config], tuple[str, int] | None] = lambda config: None
     gates: tuple[str, ...] = ()
+    corrected: bool = False
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
 
 
-def _grouped(config: Config) -> Shapes:
-    """Attention of groups of query heads."""
+def _grouped(config: Config, *, norms: str = "", biases: bool = False) -> Shapes:
+    """Attention of groups of query heads. `norms`: whether queries and keys have norms, of a "head"
+    or of "all" heads; `biases`: whether q, k and v have them.
+    """
     hidden, heads = config("hidden_size"), config("num_attention_heads")
     dim = config("head_dim", hidden // heads)
     rows = {"q": heads * dim} | dict.fromkeys("kv", config("num_key_value_heads", heads) * dim)
     for letter, n in rows.items():
         yield f"self_attn.{letter}_proj.weight", (n, hidden)
+        if biases:
+            yield f"self_attn.{letter}_proj.bias", (n,)
     yield "self_attn.o_proj.weight", (hidden, heads * dim)
+    if norms:
+        for letter in "qk":
+            yield f"self_attn.{letter}_norm.weight", (dim if norms == "head" else rows[letter],)
 
 
 def _latent(config: Config) -> Shapes:
@@ -124,17 +135,17 @@ OUTLINES = {
         experts="num_local_experts",
         inner="intermediate_size",
     ),
-    "olmoe": Outline(attention=_grouped, inner="intermediate_size"),
-    "qwen3_moe": Outline(attention=_grouped, dense=_qwen_dense),
+    "olmoe": Outline(attention=partial(_grouped, norms="all"), inner="intermediate_size"),
+    "qwen3_moe": Outline(attention=partial(_grouped, norms="head"), dense=_qwen_dense),
     "qwen2_moe": Outline(
-        attention=_grouped,
+        attention=partial(_grouped, biases=True),
         dense=_qwen_dense,
         shared=lambda config: ("mlp.shared_expert", config("shared_expert_intermediate_size")),
         gates=("shared_expert_gate",),
     ),
     "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
-    "kimi_k2": _DEEPSEEK,
+    "deepseek_v3": replace(_DEEPSEEK, corrected=True),
+    "kimi_k2": replace(_DEEPSEEK, corrected=True),
 }
 """model_type -> what its layers hold."""
 
@@ -164,8 +175,9 @@ def _outlined(file: Path, config: dict[str, Any]) -> Checkpoint:
     dtype = MODEL_DTYPES.get(plain["torch_dtype"], "BF16")
     tensors, end = {}, 0
     for tensor, shape in _shapes(plain):
-        start, end = end, end + nbytes(dtype, shape)
-        tensors[tensor] = TensorInfo(tensor, dtype, shape, file, start, end)
+        own = "F32" if tensor.endswith(KEPT) else dtype
+        start, end = end, end + nbytes(own, shape)
+        tensors[tensor] = TensorInfo(tensor, own, shape, file, start, end)
     return Checkpoint(file.parent, plain, tensors, (), MappedTensors(()))
 
 
@@ -203,6 +215,8 @@ def _parameters(row: Outline, config: Config) -> Shapes:
 def _mixture(row: Outline, config: Config, prefix: str) -> Shapes:
     hidden, count = config("hidden_size"), config(row.experts)
     yield f"{prefix}.{row.mlp}.gate.weight", (count, hidden)
+    if row.corrected:
+        yield f"{prefix}.{row.mlp}.gate.{KEPT}", (count,)
     for e in range(count):
         at = f"{prefix}.{row.mlp}.experts.{e}"
         yield from _expert(at, row.linears, hidden, config(row.inner))

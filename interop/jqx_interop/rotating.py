@@ -23,6 +23,7 @@ from jqx.algorithms.rotate import Role, axes_of, effective_gain, rotate_leaf, st
 from jqx.errors import InputError
 from jqx.models import GAIN_OFFSETS, BlockKind, ModelSpec, block_prefix, kinds, param_shapes
 
+from .architecture import optional_tensors, own_head
 from .checkpoints import (
     Checkpoint,
     ShardWriter,
@@ -35,7 +36,7 @@ from .checkpoints import (
     told,
 )
 from .families import spec_from_config
-from .job import optional_tensors, own_head, refuse_quantized
+from .job import refuse_quantized
 from .progress import Progress, Silent
 from .weights import checked_amax
 

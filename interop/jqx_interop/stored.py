@@ -22,6 +22,7 @@ from jqx.models.layers import module
 from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
 
+from .architecture import optional_tensors, own_head
 from .checkpoints import (
     DTYPES,
     Checkpoint,
@@ -34,7 +35,6 @@ from .checkpoints import (
 )
 from .families import spec_from_config
 from .inventory import FLOATS
-from .job import optional_tensors, own_head
 from .stored_checks import bad_numbers, kv_tensors, linear_shapes, stored_problems
 from .targets import RECIPROCALS, TARGETS, Said, Target, layout_of
 

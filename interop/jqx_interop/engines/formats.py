@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jqx.config import KV_FORMATS, Choice
-from jqx_interop.targets import METHOD, find_algo
+from jqx_interop.targets import METHOD, TARGETS, find_algo
 from jqx_interop.targets.ct_schemes import arguments, block_of, find_scheme
 from jqx_interop.targets.modelopt import KV_ALGOS
 
@@ -92,7 +92,7 @@ def planned(choices: Mapping[str, Choice], target: str, kv: str | None) -> Forma
         uses.append(Use(scheme=scheme, size=size, paths=tuple(paths), extra=extra))
     row = KV_FORMATS[kv] if kv else None
     return Formats(
-        layout=target if uses else PLAIN,
+        layout=TARGETS[target].method if uses else PLAIN,
         uses=tuple(uses),
         mixed=target == MODELOPT and len({(use.scheme, use.size) for use in uses}) > 1,
         kv=_kv(target, kv),

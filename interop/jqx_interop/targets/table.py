@@ -30,7 +30,8 @@ class Target:
     that of a scale.
     `quantization_config` gives what is added to config.json, `files` further descriptions by name.
     `supports`: whether it has a name for what is chosen for a linear; `kv_formats`: the formats of
-    keys and values. `read`: what its descriptions mean; `shifted`: whether the arrays of a linear
+    keys and values. `read`: what its descriptions mean; `method`: the quant_method by which
+    they say whose they are; `shifted`: whether the arrays of a linear
     have zero points, for which QTensors have no codes; `beside`: arrays that a linear of others may
     have and none of ours.
 
@@ -53,6 +54,7 @@ class Target:
     supports: Callable[[Choice], bool]
     kv_formats: tuple[str, ...]
     read: Callable[[Said], Meant | None]
+    method: str
     shifted: Callable[[Mapping[str, np.ndarray]], bool] = lambda arrays: False
     beside: Callable[[str, Choice, Shape], list[TensorOut]] = lambda path, choice, shape: []
     scale: str = "weight_scale"
@@ -113,6 +115,7 @@ def _int4(name: str, arrays: int4_layout.Int4Layout, describe: Describe, *files:
         supports=int4_layout.is_int4,
         kv_formats=(),
         read=read_int4,
+        method=name.partition("-")[0],
         shifted=arrays.shifted,
         scale="scales",
         optional=("g_idx",),
@@ -142,6 +145,7 @@ TARGETS = {
             supports=lambda choice: modelopt.find_algo(choice) is not None,
             kv_formats=tuple(modelopt.KV_ALGOS),
             read=read_modelopt,
+            method="modelopt",
         ),
         Target(
             name=METHOD,
@@ -157,6 +161,7 @@ TARGETS = {
             supports=lambda choice: find_scheme(choice) is not None,
             kv_formats=tuple(ct_config.KV_SCHEMES),
             read=read_compressed_tensors,
+            method=METHOD,
             any_float=("weight_scale", "input_scale", "k_scale", "v_scale"),
             shifted=ct_layout.has_zero_points,
             beside=ct_layout.zero_points,

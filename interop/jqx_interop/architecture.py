@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The architecture of a checkpoint: what its configuration describes, and what its tensors add."""
+
+import dataclasses
+
+from jqx.errors import InputError
+from jqx.models import ModelSpec
+
+from .checkpoints import Checkpoint
+from .families import spec_from_config
+from .inventory import same_tensor
+
+
+def optional_tensors(spec: ModelSpec) -> tuple[str, ...]:
+    """Globs of tensors a checkpoint may hold although they are no parameters."""
+    head = (f"{spec.names.head}.weight",) if spec.tied else ()
+    return (*spec.names.buffers, *head)
+
+
+def spec_of(checkpoint: Checkpoint, *, must: bool) -> ModelSpec | None:
+    """What the configuration describes; None if that is not defined here and need not be."""
+    try:
+        return spec_from_config(checkpoint.config)
+    except InputError as error:
+        if must:
+            raise InputError(f"{checkpoint.path}: {error}") from error
+        return None
+
+
+def own_head(checkpoint: Checkpoint, spec: ModelSpec) -> ModelSpec:
+    """`spec`, untied where a tied model ships a head that differs: the one reading of weights."""
+    head, table = f"{spec.names.head}.weight", f"{spec.names.embed}.weight"
+    if not spec.tied or head not in checkpoint.tensors or same_tensor(checkpoint, head, table):
+        return spec
+    return dataclasses.replace(spec, tied=False)
