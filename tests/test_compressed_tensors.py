@@ -216,6 +216,16 @@ def test_targets_and_what_is_ignored():
     }
 
 
+def test_a_pattern_is_nearer_than_all_linears():
+    said = described({"group_size": 128})
+    first = said["config_groups"]["group_0"]
+    other = {"targets": ["re:.*down_proj$"], "weights": ARGS | {"group_size": 32}}
+    said["config_groups"] = {"group_0": first, "group_1": other}
+    paths = dict.fromkeys(("model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"), (64, 256))
+    found = ct_config.choices_of(ct_config.read_described(said), paths)
+    assert [choice.weight for choice in found.values()] == ["int4_b32", "int4"]
+
+
 WRONG = {
     "zero points": (
         described(

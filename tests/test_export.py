@@ -150,6 +150,15 @@ def test_other_readers_see_the_notes(folders, tmp_path):
             assert np.float32(float.fromhex(text)) == source[name.removeprefix("jqx:")]
 
 
+def test_notes_survive_a_copy(folders, tmp_path):
+    row = next(row for row in HELD if row.recipe == "nvfp4" and row.kv == "none")
+    done = ji.export(folders(row), tmp_path / "ct", METHOD)
+    again = ji.export(tmp_path / "ct", tmp_path / "copy", METHOD)
+    assert again.notes == done.notes > 0
+    ji.export(tmp_path / "copy", tmp_path / "back", "modelopt")
+    assert exports.read_tensors(tmp_path / "back") == exports.read_tensors(folders(row))
+
+
 # --- what is refused, and the command
 
 
@@ -186,8 +195,8 @@ def test_what_cannot_be_exported(folders, nvfp4, tmp_path):
     refused("export", folders(kv), out, "--target", METHOD, saying="keys and values are in nvfp4")
     asked = ("--qformat", "nvfp4", "--kv-cache", "nvfp4", "--target", METHOD)
     refused("quantize", base, out, *asked, saying="holds keys and values in fp8, fp8_cast, not in")
-    asked = ("--qformat", "int4_awq", "--set", "block=64", "--target", METHOD)
-    told = "compressed-tensors has no name for int4_b64 with plain inputs and awq factors"
+    asked = ("--qformat", "int4_awq", "--set", "block=64", "--target", METHOD, "--no-fold")
+    told = "int4_b64 with plain inputs and awq factors: leave --no-fold out"
     refused("quantize", base, out, *asked, saying=told)
     assert not out.exists()
 

@@ -64,8 +64,9 @@ CASES = {
     "awq_full": ("int4_awq", {"block": "32", "algorithm": "awq_full"}, METHOD),
     "awq, gptq": ("awq_gptq", {}, METHOD),
     "nvfp4_awq": ("nvfp4_awq_lite", {}, "modelopt"),
-    "smoothquant": ("int8_smoothquant", {}, METHOD),
-    "smoothquant, tokens": ("tokens", {}, METHOD),
+    "smoothquant": ("int8_smoothquant", {"alpha": "0.6"}, METHOD),
+    "smoothquant, tokens": ("tokens", {"alpha": "0.4"}, METHOD),
+    "smoothquant, fp8": ("fp8", {"algorithm": "smoothquant", "alpha": "0.3"}, METHOD),
     "awq layout": ("int4_awq", {"block": "32"}, "awq"),
 }
 FILES = {

@@ -24,6 +24,7 @@ from jqx.config import Choice
 from jqx.errors import InputError
 from jqx.formats import find_format
 from jqx.tensors import QTensor
+from jqx_interop.recipe_files import read_recipe
 from jqx_interop.stored import open_model
 from jqx_interop.targets import TARGETS
 
@@ -261,6 +262,101 @@ def test_gptq_that_is_not_read(made, tmp_path):
         ji.load(folder)
 
 
+def copy_of(source, folder):
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_scales_out_of_reach_of_float16(made, tmp_path):
+    """Small ones become the smallest there is; those that would be infinite are refused."""
+    base = copy_of(made["base"], tmp_path / "base")
+    changed = arrays(base)
+    name = "model.layers.0.mlp.up_proj.weight"
+    changed[name] = changed[name].copy()
+    changed[name][3] = 1e-9
+    write(base, changed)
+    ji.ptq(base, tmp_path / "small", "int4_blockwise_weight_only")
+    ji.export(tmp_path / "small", tmp_path / "awq", "awq", round_scales=True)
+    scales = arrays(tmp_path / "awq")["model.layers.0.mlp.up_proj.scales"]
+    assert scales.min() == np.float16(2.0**-24)
+    ji.load(tmp_path / "awq")
+    changed[name][3] = 1e6
+    write(base, changed)
+    ji.ptq(base, tmp_path / "large", "int4_blockwise_weight_only")
+    asked = ("export", tmp_path / "large", tmp_path / "out", "--target", "awq", "--round-scales")
+    refused(*asked, saying=("up_proj has the scale 14", "holds none above 65504"))
+
+
+def test_a_quantized_head_is_said(made, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "extends: int4_blockwise_weight_only\nrules:\n  - {path_glob: '*lm_head*', weight: int4}\n"
+    )
+    for name in NAMES:
+        out = tmp_path / name
+        ji.ptq(made["base"], out, read_recipe(recipe), target=name)
+        said = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert said.pop("lm_head") is True
+        assert "lm_head" not in str(said)
+        assert "lm_head.qweight" in arrays(out)
+        assert len(open_model(out).choices) == 15
+        there = json.loads((made[name] / "config.json").read_text())["quantization_config"]
+        assert there["lm_head"] is False
+
+
+def test_biases_of_zeros(made, tmp_path):
+    """AutoGPTQ gave them to every linear."""
+    folder = copied(made["gptq"], tmp_path / "gptq")
+    source = arrays(folder)
+    name = "model.layers.0.mlp.up_proj.bias"
+    write(folder, source | {name: np.zeros(256, np.float16)})
+    leaves = (jax.tree.leaves(ji.load(f).params) for f in (folder, made["gptq"]))
+    for mine, its in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(its))
+    ji.export(folder, tmp_path / "ct", "compressed-tensors")
+    assert name not in arrays(tmp_path / "ct")
+    write(folder, source | {name: np.ones(256, np.float16)})
+    with pytest.raises(InputError, match=f"{name} is not zero, and the model has no such bias"):
+        ji.load(folder)
+
+
+def test_scales_with_signs(made, tmp_path):
+    folder = copied(made["awq"], tmp_path / "awq")
+    source = arrays(folder)
+    name = "model.layers.0.mlp.up_proj.scales"
+    scales = source[name].copy()
+    scales[0, 5] *= -1
+    write(folder, source | {name: scales})
+
+    def weight(f):
+        return ji.load(f).params["model"]["layers"]["0"]["mlp"]["up_proj"]["weight"].decode()
+
+    np.testing.assert_array_equal(weight(folder)[5, :128], -weight(made["awq"])[5, :128])
+    scales[0, 5] = 0
+    write(folder, source | {name: scales})
+    with pytest.raises(InputError, match="scales are zero or not finite"):
+        ji.load(folder)
+
+
+def test_old_descriptions_count_where_there_are_codes(made, tmp_path):
+    folder = copied(made["gptq-v1"], tmp_path / "gptq")
+    with_config(folder, desc_act=True)
+    source = arrays(folder)
+    write(folder, {k: v for k, v in source.items() if not k.endswith("g_idx")})
+    with pytest.raises(InputError, match="in another order .* has no g_idx"):
+        open_model(folder)
+    path = folder / "config.json"
+    said = json.loads(path.read_text())
+    del said["quantization_config"]
+    path.write_text(json.dumps(said))
+    refused("quantize", folder, tmp_path / "out", "--qformat", "fp8_pc_pt", saying="already quan")
+    base = copy_of(made["base"], tmp_path / "base")
+    (base / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    assert not open_model(base).choices
+
+
 def test_a_checkpoint_that_is_half_there(made, tmp_path):
     for name in NAMES:
         folder = copied(made[name], tmp_path / name)
@@ -276,8 +372,9 @@ def test_a_checkpoint_that_is_half_there(made, tmp_path):
 
 def test_what_is_refused_for_these_layouts(made, tmp_path):
     out = tmp_path / "out"
-    told = "has scales that float16 does not hold, and awq stores them in it: --round-scales"
-    refused("export", made["modelopt"], out, "--target", "awq", saying=told)
+    told = "awq stores scales in float16, which does not hold those of model.layers.0.self_attn"
+    asked = ("export", made["modelopt"], out, "--target", "awq")
+    refused(*asked, saying=(told, "Pass --round-scales to round them."))
     ji.export(made["modelopt"], tmp_path / "rounded", "awq", round_scales=True)
     model = ji.load(made["modelopt"])
     with pytest.raises(InputError, match="pass round_scales=True"):
@@ -301,4 +398,4 @@ def test_what_is_refused_for_these_layouts(made, tmp_path):
 
 def test_codes_that_do_not_fill_words(tmp_path):
     problem = TARGETS["awq"].lacks(Choice(weight="int4_b4"), (12, 16))
-    assert problem == "awq packs 8 codes together, which do not divide 12 x 16"
+    assert problem.startswith("awq packs 8 codes together, and 8 does not divide both axes of 12 x")

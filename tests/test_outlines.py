@@ -142,6 +142,10 @@ WRONG = {
     "no type": ({"model_type": None}, "unknown model_type 'None'"),
     "a size is missing": ({"kv_lora_rank": None}, "kv_lora_rank None, not a whole number"),
     "a size is text": ({"hidden_size": "256"}, "hidden_size '256', not a whole number"),
+    "dense layers": (
+        {"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": 3},
+        "mlp_only_layers 3, not a list of layers",
+    ),
     "too many": ({"n_routed_experts": 10**9}, "n_routed_experts 1000000000: no model has so many"),
 }
 
@@ -160,6 +164,14 @@ def test_weights_are_needed_to_run(tmp_path):
     refused("quantize", folder, "--plan", "--qformat", "fp8_pc_pt", saying="LFS")
     shutil.rmtree(folder)
     refused("quantize", folder, "--plan", saying="no such directory")
+
+
+def test_what_would_be_refused_is_not_planned(tmp_path):
+    folder = written(tmp_path / "model", SMALL)
+    asked = ("--plan", "--qformat", "int4_awq", "--set", "block=32", "--target", "awq")
+    refused("quantize", folder, *asked, saying=("is not defined here", "--no-fold"))
+    asked = ("--plan", "--qformat", "int8_smoothquant", "--low-memory")
+    refused("quantize", folder, *asked, saying="--low-memory compresses weights before any input")
 
 
 def test_every_outline_is_a_model_that_is_not_defined():

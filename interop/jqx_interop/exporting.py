@@ -23,7 +23,7 @@ from .progress import Progress, Silent
 from .saving import in_module_order, unquantized
 from .stored import NOTE, SCALARS, Source, exact_notes, gathered, open_model, stored_arrays
 from .stored_checks import kv_tensors
-from .targets import RECIPROCALS, TARGETS, ZERO_POINTS, Target, inexact_scales
+from .targets import RECIPROCALS, SMALL, TARGETS, Target, inexact_scales
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,29 +108,41 @@ def _check(source: Source, row: Target, round_scales: bool) -> None:
         problems.append(apart)
     if (kv := source.spec.kv_cache) is not None and kv not in row.kv_formats:
         problems.append(f"keys and values are in {kv}, which {row.name} does not hold")
-    if problems := problems or list(_unheld(source, row, round_scales)):
+    if problems := problems or list(_unheld(source, row)):
         refuse(where, problems, "Quantize the original with --target, by a recipe that it holds.")
+    if not round_scales and (inexact := [*_inexact(source, row)]):
+        told = f"{row.name} stores scales in float16, which does not hold those of"
+        refuse(where, [f"{told} {path}" for path in inexact], "Pass --round-scales to round them.")
 
 
-def _unheld(source: Source, row: Target, round_scales: bool) -> Iterator[str]:
-    """Linears with numbers that would not be the same in the other layout."""
-    halves = row.half_scales and not source.target.half_scales and not round_scales
+def _unheld(source: Source, row: Target) -> Iterator[str]:
+    """Linears with numbers for which the other layout has no place."""
     for path in source.choices:
-        arrays = stored_arrays(source, path, (*ZERO_POINTS, source.target.scale))
+        arrays = stored_arrays(source, path, (*SMALL, source.target.scale))
         if source.target.shifted(arrays):
             yield f"{path} has zero points, for which {row.name} has no place here"
-        scales = arrays[source.target.scale].astype(np.float32)
-        if halves and np.any(scales.astype(np.float16).astype(np.float32) != scales):
-            yield (
-                f"{path} has scales that float16 does not hold, and {row.name} stores them in it: "
-                "--round-scales rounds them"
-            )
+        if (problem := source.target.unread(arrays)) is not None:
+            yield f"{path}: {problem}"
+        largest = np.max(np.abs(arrays[source.target.scale].astype(np.float32)), initial=0)
+        if row.half_scales and largest > np.finfo(np.float16).max:
+            yield f"{path} has the scale {largest:.6g}, and {row.name} holds none above 65504"
+
+
+def _inexact(source: Source, row: Target) -> Iterator[str]:
+    """Linears with scales that float16 does not hold, where they would have to be in it."""
+    for path in source.choices if row.half_scales and not source.target.half_scales else ():
+        leaf = source.target.scale
+        scales = stored_arrays(source, path, (leaf,))[leaf].astype(np.float32)
+        with np.errstate(over="ignore"):
+            if np.any(scales.astype(np.float16).astype(np.float32) != scales):
+                yield path
 
 
 def _notes(source: Source, row: Target) -> dict[str, str]:
     """Scales of the source, by name, that would not come back from the other layout."""
     if source.target is row:
-        return {}
+        kept = exact_notes(source.checkpoint)
+        return {name: float(value).hex() for name, value in kept.items()}
     mine = "weight_scale_2" in source.target.leaves
     of = RECIPROCALS if mine else {there: here for here, there in RECIPROCALS.items()}
     found = {}
@@ -153,7 +165,8 @@ def _outputs(source: Source, row: Target) -> Iterator[TensorOut]:
     yield from in_module_order(shapes, linears, cached, row, lambda name: _as_it_is(source, name))
     known = {*shapes, *(tensor.stored(source.target).name for tensor in cached)}
     known |= {f"{path}.{leaf}" for path in source.choices for leaf in source.target.leaves}
-    yield from (_as_it_is(source, name) for name in have if name not in known)
+    dropped = {f"{path}.bias" for path in source.choices} & source.target.nothing(have, shapes)
+    yield from (_as_it_is(source, n) for n in have if n not in known and n not in dropped)
 
 
 def _as_it_is(source: Source, name: str) -> TensorOut:
@@ -178,7 +191,8 @@ def _arrays(source: Source, row: Target, progress: Progress) -> Iterator[tuple[s
         scale = tensor.leaf.endswith("_scale")  # which others store in the model's dtype
         yield new.name, (array.astype(np.float32) if scale else array).reshape(new.shape)
         left.discard(old.name)
-    for name in sorted(left):
+    shapes = param_shapes(source.spec)
+    for name in sorted(left - source.target.nothing(checkpoint.tensors, shapes)):
         yield name, checkpoint.read(name)
         _done(source, [name], progress)
 

@@ -144,7 +144,8 @@ class Job:
         algo, choice = find_algo(self.choices[path]), self.choices[path]
         if choice.weight == "fp8" and self.settings.unify_fp8:
             return True
-        return self.fold if algo is None else algo.unified
+        folded = self.fold and path in self.scaled  # a norm takes one factor for all that read it
+        return folded or (algo is not None and algo.unified)
 
     def cast(self, name: str) -> bool:
         """Whether a tensor becomes one in the dtype of the model; integers do not, nor what decides
@@ -200,10 +201,10 @@ def prepare(
     """
     checkpoint = open_outline(model) if planned else open_checkpoint(model)
     job = decide(checkpoint, recipe, settings)
-    if job.outlined and job.spec is None:
-        return dataclasses.replace(job, outputs=tuple(_outputs(job)))
-    _refuse_unreached(job)
-    if job.needs_kv and job.spec is None:
+    counted = job.outlined and job.spec is None
+    if not counted:
+        _refuse_unreached(job)
+    if job.needs_kv and job.spec is None and not counted:
         raise InputError(
             f"--kv-cache {job.kv} needs the keys and values of the model, and model_type "
             f"{job.checkpoint.config.get('model_type')!r} is not defined here; "
@@ -300,6 +301,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     found = checkpoint.config.get("quantization_config")
     if not found and (checkpoint.path / "hf_quant_config.json").is_file():
         found = {"quant_method": "modelopt"}
+    if not found and any(name.endswith(".qweight") for name in checkpoint.tensors):
+        found = {"quant_method": "gptq or awq"}
     if found:
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
         raise InputError(

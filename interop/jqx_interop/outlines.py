@@ -111,7 +111,9 @@ def _latent(config: Config) -> Shapes:
 
 
 def _qwen_dense(config: Config, i: int) -> bool:
-    only = config.given("mlp_only_layers") or ()
+    only = config.given("mlp_only_layers") or []
+    if not isinstance(only, list):
+        raise InputError(f"config.json has mlp_only_layers {only!r}, not a list of layers")
     return i in only or (i + 1) % config("decoder_sparse_step", 1) != 0
 
 

@@ -200,8 +200,8 @@ def _searching(job: Job, largest: int) -> int:
     for module, width in met:
         block = module.rpartition(".")[0]
         moments[block] = moments.get(block, 0) + 4 * width * width
-    if not moments:
-        return 0
+    if not moments:  # whole matrices all the same, where scales are rounded
+        return SEARCHED_COPIES * 4 * largest if job.target.half_scales else 0
     return SEARCH_COMPILER + 3 * max(moments.values()) + SEARCHED_COPIES * 4 * largest
 
 

@@ -207,7 +207,7 @@ class Search:
             if path in self._linears:
                 p = self._linears[path].pre_quant_scale
                 assert p is not None
-                done.setdefault(norm, p)
+                assert np.array_equal(done.setdefault(norm, p), p), f"{norm} would take two factors"
                 self._factors[path] = p
                 self._linears[path] = self._refitted(path)._replace(pre_quant_scale=None)
         for norm, p in done.items():

@@ -7,7 +7,7 @@ they are stored.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def read_params(
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and path in source.choices:
             arrays = stored_arrays(source, path)
-            problems += _problems(path, arrays)
+            problems += [*_problems(path, arrays), *_strange_bias(source, path)]
             q = gathered(source, path, arrays)
             leaves[name] = jax.tree.map(copied, q)
             for part in source.target.leaves:
@@ -134,7 +134,8 @@ def _read(
     the headers, their layout, and the dtype of the model.
     """
     inline = checkpoint.config.get("quantization_config")
-    layout, file = layout_of(inline, lambda name: read_beside(checkpoint.path, name))
+    files = partial(read_beside, checkpoint.path)
+    layout, file = layout_of(inline, files, checkpoint.tensors)
     target, optional = TARGETS[layout], optional_tensors(spec)
     stored = {name: info.shape for name, info in checkpoint.tensors.items()}
     said = Said(inline=inline, file=file, linears=linear_shapes(spec), stored=stored)
@@ -197,6 +198,16 @@ def _problems(path: str, arrays: Mapping[str, np.ndarray]) -> list[str]:
     """What is wrong with the numbers of a quantized linear."""
     found = (bad_numbers(f"{path}.{leaf}", array) for leaf, array in arrays.items())
     return [problem for problem in found if problem]
+
+
+def _strange_bias(source: Source, path: str) -> list[str]:
+    """What is wrong with a bias that the model does not have: it must be zeros."""
+    name = f"{path}.bias"
+    strange = source.target.nothing([name], param_shapes(source.spec))
+    if not strange or name not in source.checkpoint.tensors:
+        return []
+    biased = np.any(source.checkpoint.read(name).astype(np.float32) != 0)
+    return [f"{name} is not zero, and the model has no such bias"] if biased else []
 
 
 def plain(source: Source, name: str, cast: DTypeLike | None = None) -> jax.Array:

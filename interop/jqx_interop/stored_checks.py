@@ -123,6 +123,9 @@ def bad_numbers(name: str, array: np.ndarray) -> str | None:
         return None
     if array.dtype == np.uint8:
         wrong, what = array == 255, "NaN"
+    elif leaf == "scales":  # AutoRound's have signs
+        wide = array.astype(np.float32)
+        wrong, what = ~np.isfinite(wide) | (wide == 0), "zero or not finite"
     elif leaf.endswith("_bias") or leaf in (INNER, OUTER):
         wrong, what = ~np.isfinite(array.astype(np.float32)), "NaN or infinite"
     else:

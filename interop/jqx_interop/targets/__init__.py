@@ -13,6 +13,6 @@ from .layout import low_rank_factors as low_rank_factors
 from .modelopt import find_algo as find_algo
 from .reading import Said as Said
 from .reading import layout_of as layout_of
+from .table import SMALL as SMALL
 from .table import TARGETS as TARGETS
-from .table import ZERO_POINTS as ZERO_POINTS
 from .table import Target as Target

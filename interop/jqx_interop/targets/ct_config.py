@@ -111,10 +111,16 @@ def choices_of(described: Described, linears: Mapping[str, tuple[int, ...]]) -> 
     for path, shape in linears.items():
         if _matches(path, described.ignored):
             continue
-        group = next((g for g in described.groups if _matches(path, g.targets)), None)
-        if group is not None:
+        if (group := _group_of(path, described.groups)) is not None:
             found[path] = Choice(weight=_weight(group, shape), input=group.formats[1])
     return found
+
+
+def _group_of(path: str, groups: Iterable[Group]) -> Group | None:
+    """The group that names a linear, or has a pattern for it; else one for all linears."""
+    found = [group for group in groups if _matches(path, group.targets)]
+    named = [g for g in found if _matches(path, [t for t in g.targets if t != _ALL])]
+    return next(iter(named or found), None)
 
 
 def _weight(group: Group, shape: tuple[int, ...]) -> str:
@@ -139,9 +145,7 @@ def _read_group(name: str, group: object) -> Group:
         if (size := _fits(scheme, weights, inputs)) is not None:
             if scheme.format != PACKED:
                 _check_symmetric(weights, f"weights of {name}")
-            varies = (
-                scheme.weights.get("strategy") == "group" and "group_size" not in scheme.weights
-            )
+            varies = scheme.varies
             targets = _names(group.get("targets"), f"targets of {name}")
             return Group(targets=targets, formats=formats, size=size if varies else None)
     told = f"weights {_told(weights)} with " + (

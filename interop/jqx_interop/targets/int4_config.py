@@ -17,6 +17,7 @@ from .ct_schemes import block_of
 AWQ, GPTQ = "awq", "gptq"
 V2 = "gptq_v2"
 BITS = 4
+HEADS = ("lm_head", "embed_out", "output", "output_layer")
 
 
 def awq_config(
@@ -28,6 +29,7 @@ def awq_config(
     return {
         "bits": BITS,
         "group_size": _block(choices),
+        "lm_head": _has_head(choices),
         "modules_to_not_convert": sorted(unquantized),
         "quant_method": AWQ,
         "version": "gemm",
@@ -50,10 +52,15 @@ def gptq_config(
         "desc_act": False,
         "dynamic": skipped,
         "group_size": _block(choices),
-        "lm_head": False,
+        "lm_head": _has_head(choices),
         "quant_method": GPTQ,
         "sym": True,
     }
+
+
+def _has_head(choices: Mapping[str, Choice]) -> bool:
+    """Whether a head is quantized; engines look for none otherwise."""
+    return any(path.rpartition(".")[2] in HEADS for path in choices)
 
 
 def _block(choices: Mapping[str, Choice]) -> int:
@@ -87,8 +94,15 @@ def int4_choices(
         if f"{path}.qweight" in have:
             block = k if size == -1 else size
             found[path] = Choice(weight="int4" if block == block_of("int4") else f"int4_b{block}")
+            if said.get("desc_act") and size != -1 and f"{path}.g_idx" not in have:
+                raise InputError(
+                    f"its columns are in another order (desc_act), and {path} has no g_idx"
+                )
     if not found:
-        raise InputError("its description says INT4, and no linear has a qweight")
+        raise InputError(
+            "its description says INT4, and no linear has a qweight: take the description out of "
+            "config.json, or give the checkpoint that it is of"
+        )
     return found
 
 

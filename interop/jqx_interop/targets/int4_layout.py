@@ -25,7 +25,8 @@ from jqx_interop.checkpoints import TensorOut
 from .ct_schemes import block_of
 from .layout import abstract, shift
 
-EIGHT = 8  # codes in a word, and the code that decodes to 0
+EIGHT = 8  # codes in a word
+ZERO = 8  # the code that decodes to 0
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
 """The names of all arrays a linear may have."""
 
@@ -41,13 +42,13 @@ class Int4Layout:
 
     order: tuple[int, ...] = tuple(range(EIGHT))
     by_rows: bool = False
-    zero: int = EIGHT
+    zero: int = ZERO
     indexed: bool = True
 
     def named(self, path: str, q: QTensor) -> dict[str, Any]:
-        """The arrays of the linear `path`; scales are rounded to float16."""
+        """The arrays of the linear `path`; scales are rounded to float16 (`halved`)."""
         n, k = q.shape
-        scales = np.ascontiguousarray(np.asarray(q.scale).T.astype(np.float16))
+        scales = np.ascontiguousarray(halved(np.asarray(q.scale).T))
         zeros = np.full((scales.shape[0], n), self.zero, np.uint8)
         codes = _columns(np.asarray(q.codes)).T
         arrays = {"qweight": self._packed(codes), "qzeros": _words(zeros, self.order)}
@@ -86,9 +87,9 @@ class Int4Layout:
         """
         like = abstract(choice.weight or "", shape, dtype.name)
         scale = arrays["scales"].astype(np.float32).T
-        if INDEX in arrays:
-            _check_index(arrays[INDEX], scale.shape[1])
-        zeros = _nibbles(arrays["qzeros"], self.order).astype(np.int32) + (EIGHT - self.zero)
+        if (problem := unread(arrays)) is not None:
+            raise InputError(problem)
+        zeros = _nibbles(arrays["qzeros"], self.order).astype(np.int32) + (ZERO - self.zero)
         codes = self._unpacked(arrays["qweight"]).T
         return QTensor(
             codes=_pairs(codes).reshape(like.codes.shape),
@@ -96,7 +97,7 @@ class Int4Layout:
             tensor_scale=None,
             format=like.format,
             dtype=like.dtype,
-            low_rank=shift(scale, zeros.T - EIGHT, shape[1]),
+            low_rank=shift(scale, zeros.T - ZERO, shape[1]),
         )
 
     def shifted(self, arrays: Mapping[str, np.ndarray]) -> bool:
@@ -121,7 +122,7 @@ class Int4Layout:
 
 AUTOAWQ = Int4Layout(order=(0, 2, 4, 6, 1, 3, 5, 7), by_rows=True, indexed=False)
 GPTQ = Int4Layout()
-GPTQ_V1 = Int4Layout(zero=EIGHT - 1)
+GPTQ_V1 = Int4Layout(zero=ZERO - 1)
 
 
 def is_int4(choice: Choice) -> bool:
@@ -130,20 +131,36 @@ def is_int4(choice: Choice) -> bool:
     return plain and base_format(choice.weight or "") == "int4"
 
 
-def _check_index(index: np.ndarray, blocks: int) -> None:
-    k = index.shape[0]
-    if np.any(index != np.arange(k) // (k // blocks)):
-        raise InputError("its columns are in another order (desc_act), which is not read")
+def halved(scale: np.ndarray) -> np.ndarray:
+    """Scales in float16: none becomes zero or infinite, what is out of reach is clipped."""
+    limits = np.finfo(np.float16)
+    least, most = np.float32(limits.smallest_subnormal), np.float32(limits.max)
+    wide = np.abs(scale.astype(np.float32))
+    return np.copysign(np.clip(wide, least, most), scale).astype(np.float16)
+
+
+def unread(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """Why the codes of a linear cannot be read; None if they can."""
+    if INDEX in arrays:
+        index, blocks = arrays[INDEX], arrays["scales"].shape[0]
+        if np.any(index != np.arange(index.shape[0]) // (index.shape[0] // blocks)):
+            return "its columns are in another order (desc_act), which is not read"
+    return None
+
+
+def zero_biases(path: str, choice: Choice, shape: tuple[int, ...]) -> list[TensorOut]:
+    """The bias that AutoGPTQ gave every linear; zeros where the model has none."""
+    return [TensorOut(f"{path}.bias", "", shape[:1])]
 
 
 def _columns(codes: np.ndarray) -> np.ndarray:
     """Codes + 8 [n, k] from signed ones whose rows share bytes [n / 2, k]."""
-    return np.stack([codes & 15, codes >> 4], 1).reshape(-1, codes.shape[1]) ^ np.uint8(EIGHT)
+    return np.stack([codes & 15, codes >> 4], 1).reshape(-1, codes.shape[1]) ^ np.uint8(ZERO)
 
 
 def _pairs(codes: np.ndarray) -> np.ndarray:
     """Signed codes whose rows share bytes [n / 2, k] from codes + 8 [n, k]."""
-    pairs = (codes ^ np.uint8(EIGHT)).reshape(-1, 2, codes.shape[1])
+    pairs = (codes ^ np.uint8(ZERO)).reshape(-1, 2, codes.shape[1])
     return pairs[:, 0] | pairs[:, 1] << 4
 
 

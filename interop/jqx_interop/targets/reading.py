@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the descriptions of a quantized checkpoint mean, layout by layout."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,15 +76,18 @@ OLD_FILES = {QUANTIZE_CONFIG: int4_config.GPTQ, "quant_config.json": int4_config
 """Where AutoGPTQ and AutoAWQ once said what config.json says today -> the layout."""
 
 
-def layout_of(inline: Any, read_file: Callable[[str], Any]) -> tuple[str, Any]:
+def layout_of(
+    inline: Any, read_file: Callable[[str], Any], names: Iterable[str]
+) -> tuple[str, Any]:
     """The name of the layout that the descriptions are of, a row of TARGETS, and the content of its
-    other file; `read_file` gives the content of a file of a name, None where there is none.
+    other file; `read_file` gives the content of a file of a name, None where there is none;
+    `names`: those of all tensors.
     """
     said = inline if isinstance(inline, Mapping) else {}
     method = said.get("quant_method")
     if method == METHOD:
         return METHOD, None
-    if inline is None:
+    if inline is None and any(name.endswith(".qweight") for name in names):
         for name, meant in OLD_FILES.items():
             if isinstance(file := read_file(name), Mapping):
                 said, method = file, meant

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TARGETS: the layouts a checkpoint can be written in, as rows."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,15 +30,15 @@ class Target:
     that of a scale.
     `quantization_config` gives what is added to config.json, `files` further descriptions by name.
     `supports`: whether it has a name for what is chosen for a linear; `kv_formats`: the formats of
-    keys and values. `read`: what its descriptions mean; `method`: the quant_method by which
-    they say whose they are; `shifted`: whether the arrays of a linear
-    have zero points, for which QTensors have no codes; `beside`: arrays that a linear of others may
-    have and none of ours.
+    keys and values. `read`: what its descriptions mean; `method`: the quant_method by which they
+    say whose they are. `shifted`: whether the arrays of a linear have zero points, for which
+    QTensors have no codes; `unread`: why they cannot be read; `beside`: arrays that a linear of
+    others may have and none of ours.
 
     `scale`: the leaf that every quantized linear has; `optional`: leaves that others leave out;
-    `any_float`: leaves that others store in other floating-point dtypes. `half_scales`: whether
-    scales are float16. `uniform`: whether all linears have one format; `multiple`: what divides
-    both axes of a weight.
+    `any_float`: leaves that others store in other floating-point dtypes; `zero_biases`: whether
+    others give linears biases that the model has not. `half_scales`: whether scales are float16.
+    `uniform`: whether all linears have one format; `multiple`: what divides both axes of a weight.
     """
 
     name: str
@@ -56,13 +56,22 @@ class Target:
     read: Callable[[Said], Meant | None]
     method: str
     shifted: Callable[[Mapping[str, np.ndarray]], bool] = lambda arrays: False
+    unread: Callable[[Mapping[str, np.ndarray]], str | None] = lambda arrays: None
     beside: Callable[[str, Choice, Shape], list[TensorOut]] = lambda path, choice, shape: []
     scale: str = "weight_scale"
     optional: tuple[str, ...] = ()
     any_float: tuple[str, ...] = ()
+    zero_biases: bool = False
     half_scales: bool = False
     uniform: bool = False
     multiple: int = 1
+
+    def nothing(self, names: Iterable[str], parameters: Collection[str]) -> set[str]:
+        """Those of the tensors `names` that are there and add nothing: biases of zeros that others
+        give linears without.
+        """
+        biases = (n for n in names if n.endswith(".bias") and n not in parameters)
+        return set(biases) if self.zero_biases else set()
 
     @property
     def smooths(self) -> bool:
@@ -74,10 +83,15 @@ class Target:
         if not self.supports(choice):
             beside = f" and {choice.variant} factors" if choice.variant else ""
             inputs = "plain" if choice.input is None else choice.input
-            return f"{self.name} has no name for {choice.weight} with {inputs} inputs{beside}"
+            way_out = ": leave --no-fold out" if choice.variant in ("awq", "smooth") else ""
+            told = f"{self.name} has no name for {choice.weight} with {inputs} inputs{beside}"
+            return told + ("" if self.smooths else way_out)
         if any(size % self.multiple for size in shape):
             told = " x ".join(map(str, shape))
-            return f"{self.name} packs {self.multiple} codes together, which do not divide {told}"
+            return (
+                f"{self.name} packs {self.multiple} codes together, and {self.multiple} does not "
+                f"divide both axes of {told}: leave this weight out, a rule with weight null"
+            )
         return None
 
     def apart(self, choices: Mapping[str, Choice]) -> str | None:
@@ -86,11 +100,14 @@ class Target:
         if not self.uniform or len(found) < 2:
             return None
         told = ", ".join(f"{choice.weight} ({path})" for choice, path in found.items())
-        return f"{self.name} holds one format in a checkpoint, and there are {told}"
+        return (
+            f"{self.name} holds one format in a checkpoint, and there are {told}: give all linears "
+            "one, or take another target"
+        )
 
 
-ZERO_POINTS = ("qzeros", ct_layout.ZERO_POINT)
-"""Leaves that hold zero points in some layout."""
+SMALL = ("qzeros", ct_layout.ZERO_POINT, int4_layout.INDEX)
+"""Leaves beside codes and scales that decide whether codes can be read, in some layout."""
 
 _NO_KV = "keys and values are not quantized in this layout"
 
@@ -117,9 +134,12 @@ def _int4(name: str, arrays: int4_layout.Int4Layout, describe: Describe, *files:
         read=read_int4,
         method=name.partition("-")[0],
         shifted=arrays.shifted,
+        unread=int4_layout.unread,
+        beside=int4_layout.zero_biases,
         scale="scales",
         optional=("g_idx",),
         any_float=("scales",),
+        zero_biases=True,
         half_scales=True,
         uniform=True,
         multiple=int4_layout.EIGHT,
