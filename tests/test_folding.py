@@ -250,6 +250,10 @@ def test_what_cannot_be_folded(tmp_path):
     told = "compressed-tensors has no name for nvfp4 with nvfp4 inputs and svd factors"
     asked = ("--qformat", "nvfp4_svdquant", "--set", "lowrank=8", "--target", METHOD)
     refused("quantize", base, out, *asked, *calib, saying=told)
+    asked = ("--qformat", "nvfp4_svdquant", "--set", "lowrank=8", "--fold")
+    refused("quantize", base, out, *asked, *calib, saying="a low-rank part folds into nothing")
+    asked = ("--qformat", "nvfp4", "--unify-fp8")
+    refused("quantize", base, out, *asked, *calib, saying="--unify-fp8 is for weights in fp8")
     asked = ("--qformat", "int4_awq", "--set", "block=32", "--target", METHOD, "--no-fold")
     told = "compressed-tensors has no name for int4_b32 with plain inputs and awq factors"
     refused("quantize", base, out, *asked, *calib, saying=told)

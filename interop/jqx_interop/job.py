@@ -257,6 +257,9 @@ def decide(
     if kv is not None and kv not in target.kv_formats and not in_memory:
         held = f"keys and values in {', '.join(target.kv_formats)}, not in {kv}"
         raise InputError(f"{target.name} holds {held if target.kv_formats else _NO_KV}")
+    fold = _folds(settings)
+    choices = choices_for(config, inventory, row.name, None if in_memory else target, fold=fold)
+    _refuse_idle(settings, choices)
     return Job(
         checkpoint=checkpoint,
         spec=spec,
@@ -266,11 +269,21 @@ def decide(
         settings=settings,
         dtype=DTYPES[dtype_key],
         inventory=inventory,
-        choices=choices_for(
-            config, inventory, row.name, None if in_memory else target, fold=_folds(settings)
-        ),
+        choices=choices,
         outputs=(),
     )
+
+
+def _refuse_idle(settings: Settings, choices: Mapping[str, Choice]) -> None:
+    """Raise InputError for what was asked for and cannot be done with these formats."""
+    if settings.fold and any(choice.variant == "svd" for choice in choices.values()):
+        raise InputError(
+            "a low-rank part folds into nothing: leave --fold out, or take a recipe without svdquant"
+        )
+    if settings.unify_fp8 and all(choice.weight != "fp8" for choice in choices.values()):
+        raise InputError(
+            "--unify-fp8 is for weights in fp8, and the recipe has none: leave it out, or take fp8"
+        )
 
 
 def _folds(settings: Settings) -> bool:
