@@ -278,7 +278,7 @@ def _refuse_idle(settings: Settings, choices: Mapping[str, Choice]) -> None:
     """Raise InputError for what was asked for and cannot be done with these formats."""
     if settings.fold and any(choice.variant == "svd" for choice in choices.values()):
         raise InputError(
-            "a low-rank part folds into nothing: leave --fold out, or take a recipe without svdquant"
+            "a low-rank part folds into nothing: leave --fold out, or take another algorithm"
         )
     if settings.unify_fp8 and all(choice.weight != "fp8" for choice in choices.values()):
         raise InputError(
