@@ -93,7 +93,7 @@ TENSOR_FAULTS = {
         "nvfp4", change(f"{UP}.weight_scale_2", None), "missing-tensor", f"{UP}.weight_scale_2"
     ),
     "missing input scale": Fault(
-        "nvfp4", change(f"{DOWN}.input_scale", None), "missing-tensor", f"{DOWN}.input_scale"
+        "nvfp4", change(f"{DOWN}.input_scale", None), "input-scale", f"{DOWN}.input_scale"
     ),
     "missing codes": Fault(
         "nvfp4", change(f"{DOWN}.weight", None), "missing-tensor", f"{DOWN}.weight"
@@ -193,7 +193,7 @@ TENSOR_FAULTS = {
     ),
     # what is left alone
     "quantized and listed": Fault(
-        "nvfp4", ignoring("lm_head", "model.embed_tokens", UP), "excluded", UP
+        "nvfp4", ignoring("lm_head", "model.embed_tokens", UP), "excluded", f"{UP}.weight_scale"
     ),
     "not quantized and not listed": Fault(
         "nvfp4", ignoring("model.embed_tokens"), "unlisted", "lm_head is stored as BF16"

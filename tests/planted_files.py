@@ -221,17 +221,6 @@ OTHER_FAULTS = {
         f"{DOWN}.scales has a scale for 64 columns",
     ),
     "AWQ without a key": Fault("awq", saying(zero_point=None), "keys", "zero_point", "vllm"),
-    "AWQ left out": Fault(
-        "awq",
-        lambda f: [
-            change(f"{UP}.qweight", None)(f),
-            change(f"{UP}.qzeros", None)(f),
-            change(f"{UP}.scales", None)(f),
-            add(f"{UP}.weight", np.ones((128, 64), np.float16))(f),
-        ],
-        "unlisted",
-        UP,
-    ),
     "GPTQ without zero points": Fault(
         "gptq", change(f"{UP}.qzeros", None), "missing-tensor", f"{UP}.qzeros"
     ),

@@ -115,6 +115,23 @@ def moe(folder: Path, experts: str = "mlp.experts.{}.{}_proj") -> Path:
     return folder
 
 
+def qwen_moe(folder: Path) -> Path:
+    """The same of a model_type whose parameters are known by its configuration."""
+    moe(folder)
+    found = arrays(folder)
+    norms = {"input_layernorm": 64, "post_attention_layernorm": 64}
+    norms |= {"self_attn.q_norm": 32, "self_attn.k_norm": 32}
+    for i in range(2):
+        for name, size in norms.items():
+            found[f"model.layers.{i}.{name}.weight"] = np.ones(size, np.float16)
+    write(folder, found | {"model.norm.weight": np.ones(64, np.float16)})
+    sizes = {"vocab_size": 96, "num_attention_heads": 2, "num_hidden_layers": 2, "num_experts": 4}
+    sizes |= dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 64)
+    said = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(said | sizes | {"model_type": "qwen3_moe"}))
+    return folder
+
+
 def make_all(root: Path) -> dict[str, Path]:
     """Name -> a good checkpoint."""
     found = {
@@ -128,6 +145,7 @@ def make_all(root: Path) -> dict[str, Path]:
         "awq": awq(root / "awq"),
         "gptq": gptq(root / "gptq"),
         "moe": moe(root / "moe"),
+        "qwen-moe": qwen_moe(root / "qwen-moe"),
         "mixtral": moe(root / "mixtral", "block_sparse_moe.experts.{}.{}"),
     }
     for name in ("nvfp4", "int4", "fp8"):
@@ -140,6 +158,17 @@ def inline(folder: Path, how: Callable[[dict[str, Any]], None]) -> None:
     found = json.loads((folder / CONFIG).read_text())
     how(found["quantization_config"])
     (folder / CONFIG).write_text(json.dumps(found))
+
+
+def configured(**changes: object) -> Damage:
+    """Change keys of config.json; None takes one out."""
+
+    def change(folder: Path) -> None:
+        found = json.loads((folder / CONFIG).read_text()) | changes
+        found = {key: value for key, value in found.items() if value is not None}
+        (folder / CONFIG).write_text(json.dumps(found))
+
+    return change
 
 
 def said(**changes: object) -> Damage:

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import write
 from command import jqx, refused
 from damage import arrays
-from served import exported, saved
+from served import configured, exported, ignoring, saved
 
 import jqx_interop.cli.engines
 from jqx_interop.engines import ENGINES, FaultyOutput, verify_written
@@ -78,6 +78,17 @@ def test_json(nvfp4, faulty):
     assert said["schemes"] == {"NVFP4": 14}
 
 
+def test_what_is_counted_and_what_is_refused(nvfp4, tmp_path):
+    refused("inspect", nvfp4, "--engine", "vllm", "--tensors", saying="give one of them")
+    folder = saved(tmp_path / "model", "nvfp4")
+    up = "model.layers.0.mlp.up_proj"
+    names = ["lm_head", "model.embed_tokens", up]
+    ignoring(*names)(folder)
+    out = jqx("inspect", folder, "--engine", "vllm").out
+    assert "not described (1 linear)" in out
+    assert "NVFP4 (13 linears)" in out
+
+
 def test_completion():
     complete = jqx_interop.cli.engines.complete_engines
     assert complete("t") == ["trtllm", "tpu-vllm", "transformers"]
@@ -129,3 +140,11 @@ def test_a_fault_in_what_was_written_is_a_bug_here(faulty, nvfp4, tmp_path, monk
     assert code == 1
     assert "internal error: FaultyOutput" in err
     assert err.count("\n") == 1
+
+
+def test_a_source_without_a_model_type_is_quantized_and_told(tmp_path):
+    base = exports.write_base(tmp_path / "llama", "llama")
+    configured(model_type=None)(base)
+    code, out, err = jqx("quantize", base, tmp_path / "out", "--qformat", "mxfp8")
+    assert (code, err) == (0, "")
+    assert "vLLM 0.32: no: config.json has model_type None" in out

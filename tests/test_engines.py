@@ -116,7 +116,7 @@ def test_a_factor_of_inputs_satisfies_who_asks_for_it():
 
 
 def test_what_has_no_row_is_not_known():
-    row = find_accept("vllm", "modelopt", "W2A2")
+    row = find_accept("tpu-vllm", "modelopt", "W2A2")
     assert row.loads is None
     assert "was not read" in row.note
 

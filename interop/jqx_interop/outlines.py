@@ -59,7 +59,8 @@ class Outline:
     and experts; `linears`: what those of an expert are called, gate, up and down; `experts`,
     `inner`: keys of their number and size; `dense`: which layers have none; `shared`: the module
     and size of what all tokens take; `gates`: further linears of the module;
-    `corrected`: whether the router has a bias of its scores.
+    `corrected`: whether the router has a bias of its scores; `predicts`: the most
+    layers after the last that predict further tokens.
     """
 
     attention: Callable[[Config], Shapes]
@@ -71,6 +72,7 @@ class Outline:
     shared: Callable[[Config], tuple[str, int] | None] = lambda config: None
     gates: tuple[str, ...] = ()
     corrected: bool = False
+    predicts: int = 0
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -128,6 +130,7 @@ _DEEPSEEK = Outline(
     experts="n_routed_experts",
     dense=lambda config, i: i < config("first_k_dense_replace", 0, least=0),
     shared=_deepseek_shared,
+    predicts=4,
 )
 OUTLINES = {
     "mixtral": Outline(
@@ -192,6 +195,13 @@ def _shapes(config: dict[str, Any]) -> Shapes:
     else:
         known = nearest(str(kind), (*FAMILIES, *OUTLINES), "model_type")
         raise InputError(f"there are no weights beside it, and by itself it tells little: {known}")
+
+
+def outlined_parameters(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter of a model_type of OUTLINES. Raises InputError for sizes
+    that are none.
+    """
+    return dict(_parameters(OUTLINES[str(config.get("model_type"))], Config(config)))
 
 
 def _parameters(row: Outline, config: Config) -> Shapes:

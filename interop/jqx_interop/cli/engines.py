@@ -26,9 +26,12 @@ def complete_engines(incomplete: str) -> list[str]:
 
 def show_verification(found: "Verification") -> None:
     """Everything that was found, for people."""
-    stored = ", ".join(f"{name} ({count} linears)" for name, count in found.schemes.items())
+    from jqx_interop.checkpoints import one_line
+
+    stored = ", ".join(f"{name} ({_linears(count)})" for name, count in found.schemes.items())
     kv = f", keys and values in {found.kv_cache}" if found.kv_cache else ""
-    out.print(f"{found.path}: {found.layout}: {stored or 'nothing is quantized'}{kv}", markup=False)
+    told = f"{found.path}: {found.layout}: {stored or 'nothing is quantized'}{kv}"
+    out.print(one_line(told), markup=False)
     rows = [
         (v.label, LOADS[v.loads], "; ".join(dict.fromkeys(v.chips.values())), v.evidence)
         for v in found.verdicts
@@ -39,6 +42,10 @@ def show_verification(found: "Verification") -> None:
     _tell("the checkpoint", (*found.faults, *found.warnings))
     for verdict in found.verdicts:
         _tell(verdict.label, (*verdict.problems, *verdict.warnings))
+
+
+def _linears(count: int) -> str:
+    return f"{count} linear" + ("" if count == 1 else "s")
 
 
 def _tell(whose: str, problems: "Iterable[Problem]") -> None:

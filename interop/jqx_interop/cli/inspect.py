@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jqx.errors import InputError
+
 from .console import MODEL, Bars, out, print_json, print_table, size
 from .engines import complete_engines, show_verification
 
@@ -31,6 +33,8 @@ def inspect(
     is 0 if all that were asked about load it and it has no fault of its own, 1 if not, and 2 if
     there is no checkpoint or no such engine.
     """
+    if engine and tensors:
+        raise InputError("--tensors lists what --engine does not look at: give one of them")
     if engine:
         _verify(model, engine, as_json)
         return

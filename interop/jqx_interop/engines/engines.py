@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jqx.errors import nearest
 
 ALL = "all"
-RAN = "ran on a CPU"
+RAN = "source read, and run on a CPU in part"
 READ = "source read, not run"
 
 

@@ -11,18 +11,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from jqx.errors import InputError
-from jqx.models import ModelSpec, param_shapes
 from jqx_interop.checkpoints import TensorInfo
-from jqx_interop.families import spec_from_config
 from jqx_interop.inventory import EMBEDDINGS, SIBLINGS
-from jqx_interop.stored_checks import linear_shapes
 from jqx_interop.targets import INNER, OUTER
 
-from .descriptions import Group, Said, read_said
+from .descriptions import Said, read_said
 from .files import Files, read_files
+from .known import Known, read_known
 from .matching import matcher
-from .schemes import FLOAT, GPTQ, KV_LEAVES, LEAVES, MARKS, SCHEMES, Dims, Scheme
+from .reading import Group
+from .schemes import FLOAT, KV_LEAVES, LEAVES, MARKS, SCHEMES, Dims, Scheme
 
 KINDS = (
     ("experts", re.compile(r"\.experts(\.|$)")),
@@ -66,13 +64,13 @@ class Linear:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Facts:
     """`linears` by path in natural order of the files; `fused`: module that an engine makes ->
-    the linears it is made of; `rest`: tensors that belong to no linear; `known`: whether the family
-    is defined here.
+    the linears it is made of; `rest`: tensors that belong to no linear; `known`: what the
+    configuration asks for.
     """
 
     files: Files
     said: Said
-    spec: ModelSpec | None
+    known: Known
     linears: Mapping[str, Linear]
     fused: Mapping[str, tuple[str, ...]]
     rest: Mapping[str, TensorInfo] = field(default_factory=dict)
@@ -82,10 +80,10 @@ class Facts:
         """The layout that descriptions say, or that of what is not described."""
         return self.said.layout
 
-    @cached_property
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Linear -> [n, k] as the configuration has it; empty for families not defined here."""
-        return linear_shapes(self.spec) if self.spec else {}
+        """Linear -> [n, k] as the configuration has it; empty for models not known here."""
+        return self.known.linears
 
     @cached_property
     def siblings(self) -> tuple[tuple[Linear, ...], ...]:
@@ -109,8 +107,8 @@ def read_facts(model: str | Path) -> Facts:
     """The facts of the checkpoint `model`. Raises InputError where there is none."""
     files = read_files(model)
     said = read_said(files.config.get("quantization_config"), files.file)
-    spec = _spec(files)
-    shapes = linear_shapes(spec) if spec else {}
+    known = read_known(files.config, files.tensors)
+    shapes = known.linears
     leaves, rest = _by_module(files.tensors, shapes)
     ignored = matcher(said.layout, None, said.ignored)
     grouper = said.grouper()
@@ -119,16 +117,8 @@ def read_facts(model: str | Path) -> Facts:
         for path, found in leaves.items()
     }
     return Facts(
-        files=files, said=said, spec=spec, linears=linears, fused=_fused(linears), rest=rest
+        files=files, said=said, known=known, linears=linears, fused=_fused(linears), rest=rest
     )
-
-
-def _spec(files: Files) -> ModelSpec | None:
-    plain = {k: v for k, v in files.config.items() if k != "quantization_config"}
-    try:
-        return spec_from_config(plain)
-    except InputError:
-        return None
 
 
 def split(name: str) -> tuple[str, str]:
@@ -186,7 +176,7 @@ def _linear(
     found = Linear(
         path=path, kind=kind_of(path), leaves=leaves, group=group, scheme=scheme, dims=None
     )
-    if said.layout == GPTQ and not found.quantized:  # engines go by the tensors there
+    if said.by_tensors and not found.quantized:
         group = scheme = None
     return Linear(
         path=path,
@@ -251,11 +241,9 @@ def expected_parameters(facts: Facts) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's parameters that are not quantized and no linears; empty for
     other families.
     """
-    if facts.spec is None:
-        return {}
     return {
         name: shape
-        for name, shape in param_shapes(facts.spec).items()
+        for name, shape in facts.known.parameters.items()
         if name.removesuffix(".weight") not in facts.shapes and not _is_codes(facts, name)
     }
 

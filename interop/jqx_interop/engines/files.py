@@ -15,6 +15,8 @@ from jqx_interop.checkpoints import MappedTensors, TensorInfo, one_line, resolve
 from jqx_interop.checkpoints.layout import read_header
 from jqx_interop.checkpoints.read import INDEX, NOT_THE_MODEL, SINGLE
 
+from .problem import first
+
 HF_QUANT = "hf_quant_config.json"
 TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json"),
@@ -59,9 +61,10 @@ def read_files(model: str | Path) -> Files:
     tensors: dict[str, TensorInfo] = {}
     damaged = set()
     for name in names:
-        damaged |= {name} if _read(path / name, tensors, problems) else set()
+        damaged |= {name} if _read(path / name, index, tensors, problems) else set()
     if not names:
         problems.append(("shard", "no safetensors file"))
+    problems += [] if index else _strays(path, present, tensors, names)
     problems += _index_problems(index, tensors, damaged)
     problems += _total_size(path, tensors) if not damaged else ()
     problems += _tokenizer(path)
@@ -82,7 +85,10 @@ def _json(path: Path, rule: str, problems: Problems) -> object:
         value = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        problems.append((rule, f"{path.name} cannot be read: {error.strerror}"))
+        return None
+    except (ValueError, RecursionError) as error:
         problems.append((rule, one_line(f"{path.name} is not JSON: {error}")))
         return None
     if not isinstance(value, dict):
@@ -100,6 +106,8 @@ def _index(path: Path, problems: Problems) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         problems.append(("index", f"{INDEX} has no weight_map"))
         return {}
+    if not weight_map:
+        problems.append(("index", f"{INDEX} has an empty weight_map"))
     good: dict[str, str] = {}
     for name, file in weight_map.items():
         if isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors"):
@@ -116,15 +124,33 @@ def _weight_files(present: list[str], index: Mapping[str, str], problems: Proble
     if not index:
         return [SINGLE] if SINGLE in names else names
     named = sorted(set(index.values()))
-    problems += [
-        ("index-extra", f"{name} is named nowhere in {INDEX}, so engines do not read it")
-        for name in names
-        if name not in named
-    ]
+    for name in names:
+        if name not in named:
+            told = "most engines do not read it"
+            told += ", and transformers reads nothing else" if name == SINGLE else ""
+            problems.append(("index-extra", f"{name} is named nowhere in {INDEX}: {told}"))
     return named
 
 
-def _read(file: Path, tensors: dict[str, TensorInfo], problems: Problems) -> bool:
+def _strays(
+    path: Path, present: list[str], tensors: Mapping[str, TensorInfo], read: list[str]
+) -> Iterator[tuple[str, str]]:
+    """Files beside those that hold the model, which engines that read every file read, too."""
+    for name in present:
+        if name in read or NOT_THE_MODEL.fullmatch(name):
+            continue
+        header = read_header(path / name)
+        own = [info.name for info in header.tensors if info.name not in tensors]
+        if own or header.problems:
+            own = own or ["a header that is damaged"]
+            yield "stray-file", one_line(f"{name} beside {', '.join(read)} has {first(own)}")
+        else:
+            yield "same-file", one_line(f"{name} beside {', '.join(read)} has the same tensors")
+
+
+def _read(
+    file: Path, index: Mapping[str, str], tensors: dict[str, TensorInfo], problems: Problems
+) -> bool:
     """Add what the header of a file says; whether the file is missing or broken."""
     if not file.exists():
         problems.append(("shard", f"{file.name} is missing"))
@@ -134,7 +160,9 @@ def _read(file: Path, tensors: dict[str, TensorInfo], problems: Problems) -> boo
     for tensor in header.tensors:
         if tensor.name in tensors:
             other = tensors[tensor.name].file.name
-            problems.append(("index", f"{tensor.name} is in {other} and in {file.name}"))
+            problems.append(("duplicate", f"{tensor.name} is in {other} and in {file.name}"))
+            if index.get(tensor.name) == other:
+                continue
         tensors[tensor.name] = tensor
     return bool(header.problems)
 
@@ -171,5 +199,13 @@ def _total_size(path: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple
 
 
 def _tokenizer(path: Path) -> Iterator[tuple[str, str]]:
-    if not any((path / name).exists() for name in TOKENIZERS):
+    present = [name for name in TOKENIZERS if (path / name).exists()]
+    if not present:
         yield "tokenizer", f"no tokenizer: none of {', '.join(TOKENIZERS[:3])} is there"
+    for name in present:
+        problems: Problems = []
+        if (path / name).is_file() and not (path / name).stat().st_size:
+            problems.append(("tokenizer", f"{name} is empty"))
+        elif name == "tokenizer.json":
+            _json(path / name, "tokenizer", problems)
+        yield from problems

@@ -79,7 +79,7 @@ def _mixed(formats: Formats, engine: Engine) -> Iterator[str]:
     """SGLang takes a mixture without NVFP4 for another method."""
     names = {use.scheme for use in formats.uses}
     if formats.layout == MODELOPT and formats.mixed and engine.name == "sglang":
-        if names.isdisjoint(("NVFP4", "W4A16_NVFP4")):
+        if names and names.isdisjoint(("NVFP4", "W4A16_NVFP4")):
             yield f"a mixture of {', '.join(sorted(names))}: SGLang parses it as w4afp8"
         if "NVFP4_AWQ" in names:
             yield "a mixture with NVFP4_AWQ: SGLang leaves such linears unquantized"

@@ -13,7 +13,7 @@ from jqx_interop.targets import METHOD, TARGETS, find_algo
 from jqx_interop.targets.ct_schemes import arguments, block_of, find_scheme
 from jqx_interop.targets.modelopt import KV_ALGOS
 
-from .descriptions import ct_name
+from .description_ct import ct_name
 from .facts import FUSED, Facts, kv_leaves
 from .schemes import CT, MIXED, MODELOPT, PLAIN, SCHEMES
 

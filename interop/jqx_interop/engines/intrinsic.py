@@ -5,19 +5,17 @@ Rules on files and descriptions hand on what was met in reading them; those on t
 with what the descriptions promise.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jqx_interop.checkpoints.checks import MODEL_DTYPES
-
-from .descriptions import unmatched
-from .facts import EXPERT, Facts, kv_leaves
+from . import kv_checks
+from .description_checks import dtype, excluded, ignores_nothing, lists, unlisted, unmatched
+from .expert_checks import left_out, missing, unlike
+from .facts import Facts
 from .numbers import Numbers
-from .problem import WARNING, first
+from .problem import WARNING
 from .rule import Finding, Rule
-from .schemes import FLOAT
 from .tensor_rules import TENSOR_RULES
 
 QUANTIZE = "write the checkpoint again from the original"
@@ -37,7 +35,8 @@ def _met(rule: str) -> Callable[[Seen, Any], Iterable[str]]:
 
     def check(seen: Seen, engine: object) -> Iterator[str]:
         facts = seen.facts
-        for name, text in (*facts.files.problems, *facts.said.problems):
+        met = (*facts.files.problems, *facts.said.problems, *facts.known.problems)
+        for name, text in met:
             if name == rule:
                 yield text
 
@@ -46,96 +45,6 @@ def _met(rule: str) -> Callable[[Seen, Any], Iterable[str]]:
 
 def _on_facts(check: Callable[[Facts], Iterable[str | Finding]]) -> Callable[[Seen, Any], Any]:
     return lambda seen, engine: check(seen.facts)
-
-
-def _excluded(facts: Facts) -> Iterator[str]:
-    for path, linear in facts.linears.items():
-        if linear.group is None and linear.quantized and facts.said.understood:
-            told = (
-                "the descriptions leave it alone"
-                if facts.said.described
-                else "nothing describes it"
-            )
-            leaf = next((name for name in linear.leaves if name != "weight"), "weight")
-            yield f"{path}.{leaf}: {path} is quantized, and {told}"
-
-
-def _unlisted(facts: Facts) -> Iterator[Finding]:
-    """Linears that should have codes. One whose name no quantized linear has may be something that
-    engines never quantize.
-    """
-    names = {path.rpartition(".")[2] for path, x in facts.linears.items() if x.quantized}
-    for path, linear in facts.linears.items():
-        if linear.group is None or linear.quantized or linear.kind == "experts":
-            continue
-        sure = facts.spec is not None or path.rpartition(".")[2] in names or path == "lm_head"
-        weight = linear.leaves.get("weight")
-        told = "has no weight" if weight is None else f"is stored as {weight.dtype}"
-        yield Finding(
-            text=f"{path} {told}, and the descriptions say {linear.group.scheme}",
-            severity=None if sure else WARNING,
-        )
-
-
-def _experts(facts: Facts) -> Iterator[str]:
-    """Experts that were left out: some of a layer, or all of them without being listed."""
-    layers: dict[tuple[str, str], list[tuple[str, bool]]] = {}
-    for path, linear in facts.linears.items():
-        if match := EXPERT.fullmatch(path):
-            layers.setdefault((match[1], match[3]), []).append((path, linear.quantized))
-        elif linear.kind == "experts" and linear.group is not None and not linear.quantized:
-            yield f"{path} is not quantized, and no description leaves it alone"
-    for (layer, name), experts in layers.items():
-        plain = [path for path, quantized in experts if not quantized]
-        if plain and len(plain) < len(experts):
-            yield (
-                f"{len(plain)} of {len(experts)} experts of {layer} have {name} as it was, others "
-                f"are quantized: {first(plain)}"
-            )
-        elif plain and all(facts.linears[path].group is not None for path in plain):
-            yield f"no {name} of {layer} is quantized, and no description leaves them alone"
-
-
-def _kv_pairs(facts: Facts) -> Iterator[str]:
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for module, leaf, info in kv_leaves(facts):
-        parent = module
-        found.setdefault((parent, leaf[2:]), {})[leaf[0]] = info.name
-    for (_, leaf), pair in found.items():
-        for letter, other in (("k", "v"), ("v", "k")):
-            if letter in pair and other not in pair:
-                yield f"{pair[letter]} is there, and no {other}_{leaf} beside it"
-
-
-def _kv_said(facts: Facts) -> Iterator[str]:
-    names = [info.name for _, _, info in kv_leaves(facts)]
-    if names and facts.said.kv is None:
-        yield f"{first(names)}: scales of keys and values that no description mentions"
-
-
-def _dtype(facts: Facts) -> Iterator[Finding]:
-    config = facts.files.config
-    said = next((config[key] for key in ("dtype", "torch_dtype") if config.get(key)), None)
-    if said is None:
-        return
-    wanted = MODEL_DTYPES.get(str(said).removeprefix("torch."))
-    if wanted is None:
-        yield Finding(text=f"config.json has dtype {said!r:.40}, which is none")
-        return
-    sizes: Counter[str] = Counter()
-    for info in facts.rest.values():
-        sizes.update({info.dtype: info.nbytes} if info.dtype in FLOAT else {})
-    most = sizes.most_common(1)
-    if most and most[0][0] != wanted:
-        text = f"config.json has dtype {said}, and most of what is not quantized is {most[0][0]}"
-        yield Finding(text=text, severity=WARNING)
-
-
-def _unmatched(facts: Facts) -> Iterator[str]:
-    for path in unmatched(facts.said, list(facts.linears)) if facts.whole else ():
-        inside = any(linear.startswith(path + ".") for linear in facts.linears)
-        if not inside:
-            yield f"{path} is described as quantized and is no linear of the checkpoint"
 
 
 def _bad(seen: Seen, engine: object) -> Iterable[str]:
@@ -154,24 +63,43 @@ def _matrix(seen: Seen, engine: object) -> Iterator[str]:
             continue
         n, k, _ = linear.dims
         # codes end with the last whole word, so without a configuration k may be a little less
-        known = seen.facts.spec is not None
+        known = linear.path in seen.facts.shapes
         fits = len(shape) == 2 and shape[0] == n and (shape[1] == k or (not known and shape[1] < k))
         if not fits or k - shape[1] >= 8:
             yield f"{name} says {list(shape)}, and the codes are of [{n}, {k}]"
 
 
-def _ignored_nothing(facts: Facts) -> Iterator[str]:
-    """Entries of the list that match no module; patterns for what a model may have are usual."""
-    names = set(facts.linears) | {name.rpartition(".")[0] for name in facts.rest}
-    every = "\n".join(names)
-    for entry in facts.said.ignored:
-        plain = not entry.startswith("re:") and not set(entry) & set("*?[")
-        if plain and "." in entry and entry not in every:
-            yield f"{entry} is listed to be left alone, and the checkpoint has no such module"
+def _orders(seen: Seen, engine: object) -> Iterator[str]:
+    """Groups of columns that have no scales; -1 everywhere says that there is no order."""
+    for name, (low, high) in seen.numbers.orders.items():
+        linear = seen.facts.linears.get(name.rpartition(".")[0])
+        if linear is None or linear.dims is None or (low, high) == (-1, -1):
+            continue
+        groups = -(-linear.dims.k // linear.dims.g)
+        if low < 0 or high >= groups:
+            yield f"{name} goes from {low} to {high}, and there are {groups} groups"
+
+
+def _agree(seen: Seen, engine: object) -> Iterator[str | Finding]:
+    yield from _met("descriptions-agree")(seen, engine)
+    yield from lists(seen.facts)
 
 
 INTRINSIC: tuple[Rule[Seen], ...] = (
-    Rule(name="config", check=_met("config"), source="every engine reads it", way_out=COPY),
+    Rule(
+        name="config",
+        check=_met("config"),
+        source="every engine reads it",
+        way_out=COPY,
+        given=True,  # values are the source's
+    ),
+    Rule(
+        name="model-type",
+        check=_met("model-type"),
+        source="jqx families, and jqx_interop/outlines.py",
+        way_out="compare the tensors' names with those of the original",
+        severity=WARNING,
+    ),
     Rule(name="shard", check=_met("shard"), source="the safetensors format", way_out=COPY),
     Rule(
         name="index",
@@ -180,10 +108,31 @@ INTRINSIC: tuple[Rule[Seen], ...] = (
         way_out="write the index anew, or remove it where one file holds everything",
     ),
     Rule(
+        name="duplicate",
+        check=_met("duplicate"),
+        source="vLLM 0.32 model_loader/weight_utils.py: it reads both, and the last stays",
+        way_out="remove it from the file that the index does not name",
+        stops=False,
+    ),
+    Rule(
         name="index-extra",
         check=_met("index-extra"),
         source="vLLM 0.32 model_loader/weight_utils.py filter_duplicate_safetensors_files",
         way_out="remove the file, or the index that does not belong to it",
+        severity=WARNING,
+    ),
+    Rule(
+        name="stray-file",
+        check=_met("stray-file"),
+        source="vLLM 0.32 and SGLang 0.5.23 read every safetensors file where there is no index",
+        way_out="remove the file",
+        spares=frozenset(("transformers",)),
+    ),
+    Rule(
+        name="same-file",
+        check=_met("same-file"),
+        source="vLLM 0.32 and SGLang 0.5.23 read every safetensors file where there is no index",
+        way_out="remove the file",
         severity=WARNING,
     ),
     Rule(
@@ -208,59 +157,106 @@ INTRINSIC: tuple[Rule[Seen], ...] = (
         way_out=QUANTIZE,
     ),
     Rule(
+        name="format",
+        check=_met("format"),
+        source="vLLM 0.32 compressed_tensors/compressed_tensors.py goes by it",
+        way_out="write the format of the tensors in quantization_config",
+    ),
+    Rule(
+        name="format-name",
+        check=_met("format-name"),
+        source="vLLM 0.32 compressed_tensors/compressed_tensors.py: that of a group comes first",
+        way_out="write the format of the groups in its place",
+        stops=False,
+    ),
+    Rule(
         name="descriptions-agree",
-        check=_met("descriptions-agree"),
+        check=_agree,
         source="vLLM and SGLang read config.json, TensorRT-LLM hf_quant_config.json",
         way_out="keep the two that were written together",
     ),
     Rule(
         name="model-dtype",
-        check=_on_facts(_dtype),
+        check=_on_facts(dtype),
         source="vLLM 0.32 and transformers 5.19 compute in that dtype",
         way_out="set dtype in config.json to that of the weights",
         given=True,
     ),
     Rule(
         name="excluded",
-        check=_on_facts(_excluded),
+        check=_on_facts(excluded),
         source="engines make a plain linear of it, which has no place for codes",
         way_out="take it off the list of what is left alone, or write it unquantized",
     ),
     Rule(
         name="unlisted",
-        check=_on_facts(_unlisted),
+        check=_on_facts(unlisted),
         source="engines make a quantized linear of it, and find no scales",
         way_out="list it among what is left alone, or quantize it",
     ),
     Rule(
         name="experts",
-        check=_on_facts(_experts),
+        check=_on_facts(left_out),
         source="engines make one matrix of all experts of a layer",
         way_out="quantize all experts of a layer alike, or list all of them",
         given=True,
     ),
     Rule(
-        name="described",
-        check=_on_facts(_unmatched),
-        source="quantized_layers, and targets of config_groups",
+        name="missing-expert",
+        check=_on_facts(missing),
+        source="vLLM 0.32 loads what there is without a word",
         way_out=QUANTIZE,
+        given=True,
+    ),
+    Rule(
+        name="unlike-experts",
+        check=_on_facts(unlike),
+        source="engines make one matrix of all experts of a layer",
+        way_out=QUANTIZE,
+        given=True,
+    ),
+    Rule(
+        name="described",
+        check=_on_facts(unmatched),
+        source="quantized_layers, and targets of config_groups: engines do not look for it",
+        way_out=QUANTIZE,
+        stops=False,
     ),
     Rule(
         name="ignored-module",
-        check=_on_facts(_ignored_nothing),
+        check=_on_facts(ignores_nothing),
         source="exclude_modules and ignore name modules of the model",
         way_out="check the name for misprints",
         severity=WARNING,
     ),
     Rule(
         name="kv-pair",
-        check=_on_facts(_kv_pairs),
+        check=_on_facts(kv_checks.pairs),
         source="TensorRT-LLM: k_scale and v_scale come together (read, not run)",
         way_out=QUANTIZE,
     ),
     Rule(
+        name="kv-place",
+        check=_on_facts(kv_checks.places),
+        source="vLLM 0.32: there is no attention in what it makes of other linears",
+        way_out=QUANTIZE,
+    ),
+    Rule(
+        name="kv-shape",
+        check=_on_facts(kv_checks.shapes),
+        source="vLLM 0.32 loads one number into a scale of keys and values",
+        way_out=QUANTIZE,
+    ),
+    Rule(
+        name="kv-layers",
+        check=_on_facts(kv_checks.layers),
+        source="vLLM 0.32: a layer without a scale has 1",
+        way_out=QUANTIZE,
+        severity=WARNING,
+    ),
+    Rule(
         name="kv-described",
-        check=_on_facts(_kv_said),
+        check=_on_facts(kv_checks.described),
         source="kv_cache_scheme and kv_cache_quant_algo",
         way_out="name the format of keys and values in the descriptions",
         severity=WARNING,
@@ -284,12 +280,21 @@ INTRINSIC: tuple[Rule[Seen], ...] = (
         source="compressed-tensors: weight_shape is the shape of the matrix",
         way_out=QUANTIZE,
     ),
+    Rule(
+        name="group-index",
+        check=_orders,
+        source="GPTQ: g_idx says which scale a column has; vLLM 0.32 does not read it",
+        way_out=QUANTIZE,
+        stops=False,
+    ),
     *(
         Rule(
             name=rule.name,
             check=_on_facts(rule.check),
             source=rule.source,
             way_out=QUANTIZE,
+            spares=rule.spares,
+            given=rule.given,
         )
         for rule in TENSOR_RULES
     ),

@@ -5,13 +5,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from .description_checks import ROUTERS
 from .engines import Engine
 from .facts import Facts, Linear
 from .intrinsic import Seen
+from .loading_keys import KEY_RULES
 from .matching import matcher
 from .problem import ERROR, WARNING, first
 from .rule import Finding, Rule
-from .schemes import AWQ, CT, GPTQ, MODELOPT
+from .schemes import AWQ, CT, MODELOPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +133,28 @@ def _ignored(seen: Seen, engine: Engine) -> Iterator[str]:
     for module, paths in facts.fused.items():
         found = facts.linears[paths[0]]
         if facts.said.layers is None and found.group is None and not own(module, paths):
-            continue  # no group means it
+            continue  # no group means it, or there is no list
         linears = paths if found.kind != "experts" else ()
         for name, names in [(module, linears)] if engine.fuses else [(p, (p,)) for p in paths]:
             yield from _disagreement(facts, engine, (name, paths), theirs(name, names))
+
+
+NO_LIST = ("vllm",)
+"""Engines that go by the tensors of an AWQ checkpoint without a list (vLLM 0.32 auto_awq.py
+maybe_update_config)."""
+
+
+def _no_list(seen: Seen, engine: Engine) -> Iterator[Finding]:
+    """Linears that are not quantized though no list of AWQ says so."""
+    facts = seen.facts
+    if facts.layout != AWQ or not facts.said.by_tensors or engine.name in NO_LIST:
+        return
+    means = matcher(AWQ, None, facts.said.ignored)
+    plain = [p for p, x in facts.linears.items() if not x.quantized and not means(p, (p,))]
+    plain = [path for path in plain if path.rpartition(".")[2] not in ROUTERS]
+    if plain:
+        text = f"{first(plain)}: not quantized, and modules_to_not_convert names nothing"
+        yield Finding(text=text, loads=None)
 
 
 def _disagreement(
@@ -173,39 +193,6 @@ def _columns(seen: Seen, engine: Engine) -> Iterator[str]:
             yield f"{linear.path} has {linear.dims.k} columns, no multiple of {step}"
 
 
-NEEDED_KEYS: Mapping[tuple[str, str], tuple[tuple[str, ...], ...]] = {
-    (AWQ, "vllm"): (("bits", "w_bit"), ("group_size", "q_group_size"), ("zero_point",)),
-    (AWQ, "sglang"): (("bits", "w_bit"), ("group_size", "q_group_size"), ("zero_point",)),
-    (GPTQ, "vllm"): (("bits",), ("group_size",), ("desc_act",), ("sym",)),
-    (GPTQ, "sglang"): (("bits",), ("group_size",), ("desc_act",), ("sym",)),
-}
-"""(layout, engine) -> keys of quantization_config, one of each."""
-
-
-def _keys(seen: Seen, engine: Engine) -> Iterator[str]:
-    facts = seen.facts
-    config = facts.files.config.get("quantization_config")
-    given = config if isinstance(config, dict) else {}
-    for names in NEEDED_KEYS.get((facts.layout, engine.name), ()):
-        if not any(given.get(name) is not None for name in names):
-            yield f"quantization_config has no {' or '.join(names)}"
-
-
-def _description_file(seen: Seen, engine: Engine) -> Iterator[str]:
-    facts = seen.facts
-    if engine.name == "trtllm" and facts.layout == MODELOPT and facts.files.file is None:
-        yield "no hf_quant_config.json, which alone holds group_size and the KV cache for it"
-
-
-def _capitals(seen: Seen, engine: Engine) -> Iterator[str]:
-    config = seen.facts.files.config.get("quantization_config")
-    name = config.get("quant_algo") if isinstance(config, dict) else None
-    if engine.name != "sglang" or not isinstance(name, str) or name == name.upper():
-        return
-    if name.upper() in ("FP8", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MIXED_PRECISION"):
-        yield f"quant_algo is {name!r}, and SGLang knows it in capitals alone"
-
-
 def _unfused_experts(seen: Seen, engine: Engine) -> Iterator[Finding]:
     """Stacks of experts that are quantized: their rules were not read."""
     stacked = [
@@ -242,6 +229,12 @@ LOADING: tuple[Rule[Seen], ...] = (
         way_out="list the linears by their full names",
     ),
     Rule(
+        name="no-list",
+        check=_no_list,
+        source="vLLM 0.32 auto_awq.py fills the list from the tensors; of others it was not read",
+        way_out="name what is not quantized in modules_to_not_convert",
+    ),
+    Rule(
         name="tied-head",
         check=_tied_head,
         source="vLLM 0.32 layers/quantization/modelopt.py: a head has scales unless it is listed",
@@ -253,26 +246,7 @@ LOADING: tuple[Rule[Seen], ...] = (
         source="vLLM 0.32 layers/quantization/modelopt.py create_weights",
         way_out="leave such linears as they are, or choose another format",
     ),
-    Rule(
-        name="keys",
-        check=_keys,
-        source="vLLM 0.32 auto_awq.py and auto_gptq.py, SGLang 0.5.23 awq.py and gptq.py",
-        way_out="add the key to quantization_config in config.json",
-    ),
-    Rule(
-        name="description-file",
-        check=_description_file,
-        source="TensorRT-LLM quantization/modelopt_config.py; newer sources read config.json, too "
-        "(read, not run)",
-        way_out="write the checkpoint again: both descriptions belong to it",
-        severity=WARNING,
-    ),
-    Rule(
-        name="capitals",
-        check=_capitals,
-        source="SGLang 0.5.23 srt/configs/model_config.py",
-        way_out="write quant_algo in capitals",
-    ),
+    *KEY_RULES,
     Rule(
         name="stacked-experts",
         check=_unfused_experts,

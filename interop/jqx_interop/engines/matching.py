@@ -11,19 +11,19 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import translate
 
-from .schemes import AWQ, CT, MODELOPT
+from .schemes import AWQ, CT, GPTQ, MODELOPT
 
 Matcher = Callable[[str, Sequence[str]], bool | None]
 Factory = Callable[[Sequence[str]], Matcher]
 
 
-def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
+def any_of(patterns: Iterable[str]) -> re.Pattern[str]:
     """One pattern for several regular expressions; those that are none match nothing."""
     good = []
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error:
+        except (re.error, RecursionError, OverflowError):
             continue
         good.append(f"(?:{pattern})")
     return re.compile("|".join(good) or r"(?!)")
@@ -44,8 +44,8 @@ def by_glob(patterns: Sequence[str]) -> Matcher:
     """ModelOpt's own rule, and TensorRT-LLM's: globs on the module and on what it lies in, any
     linear of a fused one.
     """
-    globs = _any_of(translate(p) for p in patterns if not p.startswith("re:"))
-    regexes = _any_of(p[3:] for p in patterns if p.startswith("re:"))
+    globs = any_of(translate(p) for p in patterns if not p.startswith("re:"))
+    regexes = any_of(p[3:] for p in patterns if p.startswith("re:"))
 
     def match(name: str, linears: Sequence[str]) -> bool:
         asked = (above for path in (*linears, name) for above in _ancestors(path))
@@ -55,7 +55,7 @@ def by_glob(patterns: Sequence[str]) -> Matcher:
 
 
 def _vllm_modelopt(patterns: Sequence[str]) -> Matcher:
-    exact, globs = set(patterns), _any_of(map(translate, patterns))
+    exact, globs = set(patterns), any_of(map(translate, patterns))
 
     def match(name: str, linears: Sequence[str]) -> bool | None:
         exactly = True if name in exact else _together([path in exact for path in linears])
@@ -74,7 +74,7 @@ def _within(pattern: str, name: str) -> bool:
 
 
 def _sglang_modelopt(patterns: Sequence[str]) -> Matcher:
-    globs = _any_of(p.replace(".", r"\.").replace("*", ".*") for p in patterns)
+    globs = any_of(p.replace(".", r"\.").replace("*", ".*") for p in patterns)
 
     def match(name: str, linears: Sequence[str]) -> bool | None:
         listed = _together([any(_within(p, path) for p in patterns) for path in linears])
@@ -90,7 +90,7 @@ def _sglang_modelopt(patterns: Sequence[str]) -> Matcher:
 def _compressed(patterns: Sequence[str], *, suffixes: bool = False) -> Matcher:
     """Names and `re:` patterns, for each linear of a fused module."""
     exact = {p for p in patterns if not p.startswith("re:")}
-    regexes = _any_of(p[3:] for p in patterns if p.startswith("re:"))
+    regexes = any_of(p[3:] for p in patterns if p.startswith("re:"))
 
     def one(path: str) -> bool:
         ends = suffixes and any(path.endswith("." + p) for p in exact)
@@ -102,7 +102,7 @@ def _compressed(patterns: Sequence[str], *, suffixes: bool = False) -> Matcher:
 def by_name(patterns: Sequence[str]) -> Matcher:
     """The rule of compressed-tensors: names, modules that it lies in, and `re:` patterns."""
     exact = set(patterns)
-    regexes = _any_of(p[3:] for p in patterns if p.startswith("re:"))
+    regexes = any_of(p[3:] for p in patterns if p.startswith("re:"))
 
     def one(path: str) -> bool:
         return any(p in exact for p in _ancestors(path)) or regexes.match(path) is not None
@@ -119,7 +119,19 @@ def by_part(patterns: Sequence[str]) -> Matcher:
     return match
 
 
-OWN: dict[str, Factory] = {MODELOPT: by_glob, CT: by_name, AWQ: by_part}
+def _own_awq(patterns: Sequence[str]) -> Matcher:
+    """The same, but for names in experts whole parts: a router's is part of a linear's there."""
+    anywhere = by_part(patterns)
+
+    def match(name: str, linears: Sequence[str]) -> bool | None:
+        if ".experts." not in name:
+            return anywhere(name, linears)
+        return any(_within(p, name) for p in patterns)
+
+    return match
+
+
+OWN: dict[str, Factory] = {MODELOPT: by_glob, CT: by_name, AWQ: _own_awq, GPTQ: by_name}
 """Layout -> how its lists are meant."""
 
 THEIRS: dict[tuple[str, str], Factory] = {

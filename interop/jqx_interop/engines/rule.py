@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from jqx_interop.checkpoints import one_line
+
 from .engines import Engine
 from .problem import ERROR, Problem
 
@@ -25,8 +27,9 @@ class Finding:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule(Generic[Subject]):
     """`check`: what it finds in a subject for an engine, None for what no engine is asked about;
-    `stops`: whether engines fail on what an intrinsic rule finds; `given`: whether that may be
-    what a source or a recipe had, so that who wrote the checkpoint did nothing wrong.
+    `stops`: whether engines fail on what an intrinsic rule finds, but those of `spares`; `given`:
+    whether that may be what a source or a recipe had, so that who wrote the checkpoint did nothing
+    wrong.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Rule(Generic[Subject]):
     way_out: str
     severity: str = ERROR
     stops: bool = True
+    spares: frozenset[str] = frozenset()
     given: bool = False
 
 
@@ -50,7 +54,7 @@ def found_by(
             yield Problem(
                 rule=rule.name,
                 severity=severity,
-                text=finding.text,
+                text=one_line(finding.text),
                 source=finding.source or rule.source,
                 way_out=finding.way_out or rule.way_out,
                 loads=finding.loads if stops else True,

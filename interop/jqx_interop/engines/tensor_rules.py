@@ -4,22 +4,26 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 from jqx_interop.checkpoints import TensorInfo
-from jqx_interop.job import optional_tensors
 
 from .facts import Facts, Linear, expected_parameters, is_known_leaf
-from .schemes import FLOAT, KV_LEAVES, Dims, Leaf
+from .matching import any_of
+from .schemes import FLOAT, GPTQ, KV_LEAVES, MODELOPT, Dims, Leaf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRule:
-    """One comparison of headers with what they should be."""
+    """One comparison of headers with what they should be; `spares`: engines that do without;
+    `given`: whether a source may have it.
+    """
 
     name: str
     check: Callable[[Facts], Iterable[str]]
     source: str
+    spares: frozenset[str] = frozenset()
+    given: bool = False
 
 
 def _stored(facts: Facts) -> Iterator[Linear]:
@@ -34,14 +38,40 @@ def _missing(facts: Facts) -> Iterator[str]:
         return
     for linear in _stored(facts):
         for leaf in linear.scheme.leaves if linear.scheme else ():
-            if leaf.needed and leaf.name not in linear.leaves:
+            if leaf.needed and leaf.name not in linear.leaves and not _of_inputs(facts, leaf):
                 yield f"{linear.path}.{leaf.name} is missing"
+    yield from _absent(facts) if not facts.known.outlined else ()
+
+
+def _outline(facts: Facts) -> Iterator[str]:
+    """Parameters that a model known by its outline has not, has otherwise, or has too many of."""
+    if not facts.known.outlined or not facts.said.understood:
+        return
+    yield from _absent(facts) if facts.whole else ()
+    yield from _sized(facts)
+    yield from _beside(facts)
+
+
+def _absent(facts: Facts) -> Iterator[str]:
     expected = expected_parameters(facts)
     have = facts.files.tensors
     yield from (f"{name} is missing" for name in expected if name not in have)
     for path in facts.shapes:
         if path not in facts.linears:
             yield f"{path}.weight is missing, and so are codes of {path}"
+
+
+def _of_inputs(facts: Facts, leaf: Leaf) -> bool:
+    return facts.layout == MODELOPT and leaf.name == "input_scale"
+
+
+def _missing_inputs(facts: Facts) -> Iterator[str]:
+    if not facts.whole:
+        return
+    for linear in _stored(facts):
+        for leaf in linear.scheme.leaves if linear.scheme else ():
+            if leaf.needed and leaf.name not in linear.leaves and _of_inputs(facts, leaf):
+                yield f"{linear.path}.{leaf.name} is missing"
 
 
 def _with_leaf(facts: Facts) -> Iterator[tuple[Linear, Leaf, TensorInfo]]:
@@ -69,6 +99,10 @@ def _shapes(facts: Facts) -> Iterator[str]:
         if _other_size(linear, leaf, linear.dims) is None:
             wanted = " or ".join(str(list(s)) for s in leaf.shapes(linear.dims))
             yield f"{info.name} has shape {list(info.shape)}, and should have {wanted}"
+    yield from _sized(facts) if not facts.known.outlined else ()
+
+
+def _sized(facts: Facts) -> Iterator[str]:
     for name, shape in (*expected_parameters(facts).items(), *_plain(facts)):
         info = facts.files.tensors.get(name)
         if info is not None and info.shape != shape:
@@ -106,7 +140,8 @@ def _sizes(facts: Facts) -> Iterator[str]:
             continue
         if (size := _other_size(linear, leaf, linear.dims)) is not None:
             said = linear.group.size if linear.group else None
-            yield f"{info.name} has a scale for {size} columns, the descriptions say {said}"
+            told = "one for whole rows" if said == -1 else said
+            yield f"{info.name} has a scale for {size} columns, the descriptions say {told}"
 
 
 def _unknown(facts: Facts) -> Iterator[str]:
@@ -114,14 +149,37 @@ def _unknown(facts: Facts) -> Iterator[str]:
         for leaf, info in linear.leaves.items():
             if not _known(linear, leaf):
                 yield f"{info.name} is no tensor of {_told(linear)}"
-    if facts.spec is None or not facts.said.understood:
-        return
-    expected, optional = expected_parameters(facts), optional_tensors(facts.spec)
+    if facts.shapes and facts.said.understood and not facts.known.outlined:
+        yield from _beside(facts)
+
+
+def _beside(facts: Facts) -> Iterator[str]:
+    """Tensors of no parameter of a model that is known."""
+    known, optional = facts.known.parameters, facts.known.optional
+    names = any_of(map(translate, optional))
     for name in facts.rest:
         leaf = name.rpartition(".")[2]
-        known = name in expected or any(fnmatchcase(name, glob) for glob in optional)
-        if not known and not (leaf in KV_LEAVES and ".self_attn." in f".{name}"):
+        if name in known or names.match(name):
+            continue
+        if not (leaf in KV_LEAVES and ".self_attn." in f".{name}"):
             yield f"{name} is no tensor of the model"
+    for path, linear in facts.linears.items():
+        if f"{path}.weight" not in known and not names.match(f"{path}.weight"):
+            told = ", ".join(info.name for info in linear.leaves.values())
+            yield f"{told}: the model has no {path}"
+            continue
+        bias = linear.leaves.get("bias")
+        if bias is not None and bias.name not in known and not names.match(bias.name):
+            yield from (f"{bias.name} is no tensor of the model",) if _counts(facts, bias) else ()
+
+
+def _counts(facts: Facts, bias: TensorInfo) -> bool:
+    """Whether a bias is not the zeros that GPTQ's packages write, which engines drop."""
+    if facts.layout != GPTQ or bias.file.name in facts.files.damaged:
+        return facts.layout != GPTQ
+    found = bool(facts.files.mapped.read(bias.name).any())
+    facts.files.mapped.release(bias.name)
+    return found
 
 
 def _known(linear: Linear, leaf: str) -> bool:
@@ -144,8 +202,20 @@ def _told(linear: Linear) -> str:
 LAYOUT = "what ModelOpt 0.47, compressed-tensors 0.20, AutoAWQ and GPTQ write"
 TENSOR_RULES = (
     TensorRule(name="missing-tensor", check=_missing, source=LAYOUT),
+    TensorRule(
+        name="input-scale",
+        check=_missing_inputs,
+        source=f"{LAYOUT}; TensorRT-LLM quantizes inputs dynamically without (read, not run)",
+        spares=frozenset(("trtllm",)),
+    ),
     TensorRule(name="dtype", check=_dtypes, source=LAYOUT),
     TensorRule(name="shape", check=_shapes, source=LAYOUT),
     TensorRule(name="group-size", check=_sizes, source="group_size of the descriptions"),
     TensorRule(name="unknown-tensor", check=_unknown, source=LAYOUT),
+    TensorRule(
+        name="outline",
+        check=_outline,
+        source="jqx_interop/outlines.py: names and shapes of the checkpoints on the Hub",
+        given=True,
+    ),
 )

@@ -166,7 +166,7 @@ def _verdict(
     known = all(problem.loads is True for problem in found)
     if seen is not None and known:  # what it does with tensors is of no interest otherwise
         found += found_by(LOADING, seen, engine)
-    faults = {problem.rule: problem for problem in own if problem.loads is not True}
+    faults = {p.rule: p for p in own if p.loads is not True and _stops(p, engine)}
     problems = [problem for problem in found if problem.severity == ERROR]
     answers = {problem.loads for problem in (*problems, *faults.values())}
     loads = False if False in answers else None if None in answers else True
@@ -180,6 +180,10 @@ def _verdict(
         warnings=tuple(p for p in found if p.severity != ERROR),
         chips=_chips(engine, formats) if loads else {},
     )
+
+
+def _stops(problem: Problem, engine: Engine) -> bool:
+    return engine.name not in RULES[problem.rule].spares
 
 
 def _first(problems: Iterable[Problem]) -> str:

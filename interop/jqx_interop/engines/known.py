@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Known: what the configuration of a checkpoint asks for, as names and shapes of parameters."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jqx.errors import InputError
+from jqx.models import param_shapes
+from jqx_interop.architecture import optional_tensors
+from jqx_interop.families import FAMILIES, spec_from_config
+from jqx_interop.families.family import REQUIRED
+from jqx_interop.inventory import EMBEDDINGS, KEPT
+from jqx_interop.outlines import OUTLINES, outlined_parameters
+from jqx_interop.stored_checks import linear_shapes
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """`parameters`: name -> shape of everything there should be, empty where that is not known;
+    `linears`: path -> [n, k] of what could be quantized; `optional`: globs of what else there may
+    be; `outlined`: whether that is from an outline, which sources are not held to; `problems`:
+    (rule, text).
+    """
+
+    parameters: Shapes
+    linears: Shapes
+    optional: tuple[str, ...] = ()
+    outlined: bool = False
+    problems: tuple[tuple[str, str], ...] = ()
+
+
+def read_known(config: Mapping[str, Any], tensors: Iterable[str]) -> Known:
+    """What `config` asks for; experts that are `tensors` of three axes are compared with nothing.
+
+    Sizes that are none are a problem of the configuration; an architecture that is not defined here
+    is none, and is told.
+    """
+    plain = {k: v for k, v in config.items() if k != "quantization_config"}
+    kind = plain.get("model_type")
+    if not plain:
+        return _nothing()
+    if not isinstance(kind, str):
+        return _nothing(("config", f"config.json has model_type {kind!r:.40}, no name"))
+    if problems := _sizes(kind, plain):
+        return _nothing(*problems)
+    try:
+        if kind in FAMILIES:
+            return _defined(plain)
+        if kind in OUTLINES and not any(name.endswith(STACKS) for name in tensors):
+            return _outlined(kind, plain)
+    except InputError as error:
+        return _nothing(("model-type", f"names and shapes were not compared: {error}"))
+    text = f"model_type {kind!r:.40} is not defined here: names and shapes were not compared"
+    return _nothing(("model-type", text))
+
+
+STACKS = (".experts.gate_up_proj", ".experts.down_proj")
+"""Ends of names of experts in one tensor."""
+
+
+def _nothing(*problems: tuple[str, str]) -> Known:
+    return Known(parameters={}, linears={}, problems=problems)
+
+
+def _sizes(kind: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Sizes without which no engine builds the model."""
+    renamed = FAMILIES[kind].keys if kind in FAMILIES else {}
+    problems = []
+    for meaning in REQUIRED if kind in (*FAMILIES, *OUTLINES) else ():
+        keys = renamed.get(meaning, (meaning,))
+        value = next((config[key] for key in keys if config.get(key) is not None), None)
+        needed = kind in FAMILIES or meaning != "intermediate_size"
+        if (value is not None or needed) and (type(value) is not int or value < 1):
+            text = f"config.json has {keys[0]} {value!r:.40}, not a whole number from 1"
+            problems.append(("config", text))
+    return problems
+
+
+def _defined(config: dict[str, Any]) -> Known:
+    spec = spec_from_config(config)
+    return Known(
+        parameters=param_shapes(spec),
+        linears=linear_shapes(spec),
+        optional=optional_tensors(spec),
+    )
+
+
+def _outlined(kind: str, config: dict[str, Any]) -> Known:
+    parameters = outlined_parameters(config)
+    optional = ["*.rotary_emb.inv_freq"]
+    if config.get("qkv_bias") is False:
+        parameters = {n: shape for n, shape in parameters.items() if not n.endswith(".bias")}
+    if config.get("topk_method") not in (None, "noaux_tc"):
+        parameters = {n: shape for n, shape in parameters.items() if not n.endswith(KEPT)}
+    optional += [f"*.{KEPT}"]
+    optional += ["*.self_attn.*.bias"] if config.get("attention_bias") else []
+    optional += ["lm_head.weight"] if config.get("tie_word_embeddings") else []
+    for i in range(OUTLINES[kind].predicts):
+        optional.append(f"model.layers.{config['num_hidden_layers'] + i}.*")
+    linears = {
+        name.removesuffix(".weight"): shape
+        for name, shape in parameters.items()
+        if len(shape) == 2 and not EMBEDDINGS.search(name.removesuffix(".weight"))
+    }
+    return Known(parameters=parameters, linears=linears, optional=tuple(optional), outlined=True)
