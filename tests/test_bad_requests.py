@@ -127,7 +127,7 @@ def test_the_traceback_is_shown_when_asked_for(here: Path):
 
 
 def test_a_bug_is_one_line_too(here: Path, monkeypatch):
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a\nb")
 
     monkeypatch.setattr("jqx_interop.job.prepare", broken)
@@ -138,7 +138,7 @@ def test_a_bug_is_one_line_too(here: Path, monkeypatch):
 
 
 def test_an_interruption_says_how_to_go_on(here: Path, monkeypatch):
-    def stopped(*_: object) -> None:
+    def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Workspace, "record", stopped)

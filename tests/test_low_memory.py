@@ -23,6 +23,7 @@ import jqx_interop as ji
 from jqx import InputError, QTensor
 from jqx.tensors.paths import flatten
 from jqx_interop import compressing, runner, weights
+from jqx_interop.checkpoints import open_checkpoint
 from jqx_interop.job import prepare
 from jqx_interop.pipeline import Inputs, fingerprint
 from jqx_interop.plan import make_plan
@@ -161,7 +162,7 @@ def test_the_full_model_is_never_held(root: Path, monkeypatch, name: str):
 
 
 def _tensors(path: Path) -> dict[str, Any]:
-    return dict(compressing.decide(path, "fp8", Settings()).checkpoint.tensors)
+    return dict(compressing.decide(open_checkpoint(path), "fp8", Settings()).checkpoint.tensors)
 
 
 REFUSED = {

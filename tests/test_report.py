@@ -194,6 +194,7 @@ def test_json_says_where_the_report_is(here: Path):
     code, out, err = jqx("quantize", MODEL, "out2", *words)
     assert (code, err) == (0, "")
     said = json.loads(out)
+    assert said.pop("engines")["vllm"]["loads"] is True
     assert (said["report"], said["errors_of"]) == ("deep/report", "outputs")
     assert set(snapshot(here / "deep" / "report")) == FILES
     assert told(here / "deep" / "report").items() >= said.items()

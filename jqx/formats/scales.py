@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from jqx_kernels.bits import bits, divide, e4m3_value, e8m0_value, scale_up
+from jqx_kernels.bits import bits, divide, e4m3_value, e8m0_value, from_bits, scale_up
 from jqx_kernels.blocks import block_amax, spread
 from jqx_kernels.scale_rules import (
     SMALLEST,
@@ -90,10 +90,15 @@ def _float32_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax:
     scale = float_scale(_amax_of_blocks(w, fmt, amax), fmt, w.dtype)
     outer = None
     if fmt.tensor_bound is not None:  # of a second stage, which these codes do not depend on
-        whole = jnp.max(block_amax(w, fmt.block)) if tensor_amax is None else tensor_amax
+        whole = _largest(block_amax(w, fmt.block)) if tensor_amax is None else tensor_amax
         outer = tensor_scale(whole, fmt)
     stored = scale.reshape(grid_shape(fmt, w.shape))
     return Scales(stored, outer, lambda x: divide(x, spread(scale)))
+
+
+def _largest(amax: Float32[Array, "*s"]) -> Float32[Array, ""]:
+    """The largest of magnitudes, also of those that XLA's CPU takes for zero."""
+    return from_bits(jnp.max(bits(amax)))
 
 
 def float_scale(amax: Float32[Array, "*s"], fmt: Format, dtype: jnp.dtype) -> Float32[Array, "*s"]:
@@ -124,7 +129,7 @@ def _e4m3_rule(w: Float[Array, "n k"], fmt: Format, amax: _Amax, tensor_amax: _A
         return _static_blocks(w, fmt, amax, tensor_amax)
     blocks = block_amax(w, fmt.block)
     given = tensor_amax if amax is None else amax
-    whole = jnp.max(blocks) if given is None else given
+    whole = _largest(blocks) if given is None else given
     return _under(tensor_scale(whole, fmt), blocks, fmt, SMALLEST)
 
 
