@@ -74,6 +74,16 @@ class Search:
                     q = self._finished(path)[1]
                     yield path, q.replace(input_format=self._job.choices[path].input)
 
+    def alone(self) -> Iterator[tuple[str, Linear]]:
+        """All linears as if each were the only one, before their codes: nothing is shared or
+        folded.
+        """
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            for group in self._groups:
+                self._calibrate(group, shared=False)
+                for path in group:
+                    yield path, self._linears.pop(path)
+
     def _settled(self) -> dict[str, np.ndarray]:
         """Choose everything but codes. Returns the other tensors that change."""
         for group in self._groups:
@@ -95,7 +105,7 @@ class Search:
         names += [f"{folds.rows[path]}.bias" for path in mine if path in folds.rows]
         return [name for name in names if name in self._job.checkpoint.tensors]
 
-    def _calibrate(self, group: tuple[str, ...]) -> None:
+    def _calibrate(self, group: tuple[str, ...], *, shared: bool = True) -> None:
         """Every member by itself; one amax for all of them where they share the scale of tensors
         and it bounds what is searched.
         """
@@ -107,7 +117,8 @@ class Search:
             fmt, inputs = self._format(path), self._inputs.get(path, {})
             linear = Linear(jnp.asarray(weights[path]), input_amax=_input_amax(inputs))
             if fmt.tensor_bound is not None and _bounded(self._steps[0]):
-                most = max(amax[p] for p in alike(self._job, group, path))
+                members = alike(self._job, group, path) if shared else [path]
+                most = max(amax[p] for p in members)
                 linear = linear._replace(tensor_amax=jnp.asarray(most))
             scales = job.folds.scales(path)
             steps = self._steps[0] if scales else unscaled(self._steps[0])

@@ -16,7 +16,19 @@ import typer
 
 from jqx.errors import InputError
 
-from . import calibrate, compare, demo, export, generate, inspect, quantize, rotate, tables, tune
+from . import (
+    auto,
+    calibrate,
+    compare,
+    demo,
+    export,
+    generate,
+    inspect,
+    quantize,
+    rotate,
+    tables,
+    tune,
+)
 from .console import err
 from .eval import evaluate
 
@@ -62,6 +74,9 @@ app.command(rich_help_panel="Quantize")(
 )
 app.command(rich_help_panel="Quantize")(
     told(calibrate.calibrate, "interrupted; the same command goes on where it was")
+)
+app.command(rich_help_panel="Quantize")(
+    told(auto.auto, "interrupted; the same command goes on where it was")
 )
 app.command(rich_help_panel="Quantize")(told(rotate.rotate))
 app.command(rich_help_panel="Quantize")(told(export.export))

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed precision: scores against their definition on the whole model, budgets, what is kept, and
+what is refused.
+"""
+
+import json
+from pathlib import Path
+
+import exports
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import write
+from command import jqx, refused
+from damage import arrays
+
+import jqx_interop as ji
+from jqx.algorithms.simulate import simulate
+from jqx.errors import InputError
+from jqx.formats import find_format
+from jqx.models import forward
+from jqx.transforms import observe, probe, probes
+from jqx_interop.auto import COUNTINGS, Asked, auto_quantize, chosen, scored
+from jqx_interop.auto import run as auto_run
+from jqx_interop.progress import Silent
+from jqx_interop.settings import Settings
+from jqx_interop.stored import open_model
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "golden"
+FORMATS = ("nvfp4", "fp8")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint in float32, and beside it ids.npy, [2 batches, 2, 16]."""
+    root = tmp_path_factory.mktemp("auto")
+    base = exports.write_base(root / "llama", "llama_f32")
+    np.save(root / "ids.npy", exports.token_ids("llama"))
+    return base
+
+
+def settings(model, **more):
+    return Settings(calib=model.with_name("ids.npy"), **more)
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    return scored(model, FORMATS, model.with_name("scores"), settings(model), Silent())
+
+
+def outputs_of(x, w, bounds):
+    """Outputs as ModelOpt simulates them, for both formats."""
+    fp8, nvfp4 = find_format("fp8"), find_format("nvfp4")
+    yield "fp8", simulate(x, fp8, bounds) @ simulate(w, fp8).T
+    yield "nvfp4", simulate(x, nvfp4, None, bounds) @ simulate(w, nvfp4).T
+
+
+def test_scores_follow_the_definition(model, found):
+    """The gradient of the whole model at once, and the change of each linear's outputs."""
+    loaded, ids = ji.load(model), jnp.asarray(exports.token_ids("llama"), jnp.int32)
+    paths = [path for group in found.groups for path in group]
+    assert len(paths) == 14
+    names = [f"{path}.weight" for path in paths]
+
+    def loss(params, ids):
+        logits = jax.nn.log_softmax(forward(loaded.spec, params, ids)[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(logits, ids[:, 1:, None], -1))
+
+    def met(params, ids):
+        keep = lambda use, x: x if use.op == "dot" and use.path in names else None  # noqa: E731
+        return observe(loss, keep, merge=lambda a, b: a)(params, ids)[1]
+
+    inputs = [jax.jit(met)(loaded.params, batch) for batch in ids]
+    losses, wanted = [], {path: {"fp8": 0.0, "nvfp4": 0.0} for path in paths}
+    for batch, mine in zip(ids, inputs, strict=True):
+        added = probes(loss, loaded.params, batch, paths=names)
+        losses.append(float(loss(loaded.params, batch)))
+        gradients = jax.jit(jax.grad(lambda a, b=batch: probe(loss)(loaded.params, a, b)))(added)
+        for path in paths:
+            name = f"{path}.weight"
+            w = jnp.asarray(arrays(model)[name])
+            x = mine[name].reshape(-1, w.shape[1])
+            most = max(float(jnp.max(jnp.abs(part[name]))) for part in inputs)
+            gradient = gradients[name][0].reshape(-1, w.shape[0])
+            for kind, y in outputs_of(x, w, jnp.float32(most)):
+                wanted[path][kind] += float(jnp.sum(jnp.square(gradient * (y - x @ w.T))))
+    assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    for path in paths:
+        for kind in FORMATS:
+            assert found.scores[path][kind] == pytest.approx(wanted[path][kind], rel=0.02), path
+
+
+@pytest.mark.parametrize("count", COUNTINGS)
+@pytest.mark.parametrize("bits", [5.5, 7.0, 9.0, 16.0])
+def test_a_choice_keeps_to_its_budget(found, count, bits):
+    choice = chosen(found, bits, count)
+    assert choice.bits[count] <= bits * (1 + 1e-9)
+    assert set(choice.choices) == {path for group in found.groups for path in group}
+    for group in found.groups:
+        assert len({choice.choices[path] for path in group}) == 1
+    points = list(choice.curve)
+    assert points == sorted(points)
+    assert [score for _, score in points] == sorted((s for _, s in points), reverse=True)
+    if bits == 16.0:
+        assert choice.score == 0
+
+
+def test_more_bits_lose_no_more(found):
+    scores = [chosen(found, bits).score for bits in np.linspace(6.0, 16.0, 21)]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] > scores[-1]
+
+
+def test_the_command_writes_what_was_chosen(model, tmp_path):
+    ids = model.with_name("ids.npy")
+    asked = ("--formats", "nvfp4, fp8", "--calib", ids, "--scores", tmp_path / "kept", "--json")
+    code, out, err = jqx("auto", model, tmp_path / "out", "--bits", "6.6", *asked)
+    assert code == 0, err
+    said = json.loads(out)
+    assert said["auto"]["bits"]["modelopt"] <= 6.6
+    assert said["engines"]["vllm"]["loads"] is True
+    stored = open_model(tmp_path / "out").choices
+    picked = {p: c for p, c in said["auto"]["choices"].items() if c != "none"}
+    assert {path: choice.weight for path, choice in stored.items()} == picked
+    assert set(picked.values()) == {"nvfp4", "fp8"}
+    described = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    assert described["quantization"]["quant_algo"] == "MIXED_PRECISION"
+    code, out, _ = jqx("auto", model, tmp_path / "more", "--bits", "8", *asked)
+    assert code == 0
+    assert json.loads(out)["auto"]["score"] <= said["auto"]["score"]
+    ji.load(tmp_path / "more")
+
+
+def test_kept_scores_are_taken(model, found, monkeypatch):
+    def never(*_):
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(auto_run, "_score", never)
+    again = scored(model, FORMATS, model.with_name("scores"), settings(model), Silent())
+    assert again.scores == found.scores
+
+
+def test_a_run_that_was_stopped_goes_on(model, found, tmp_path, monkeypatch):
+    backward, calls = auto_run._Passes.backward, []
+
+    def stopping(self, i, progress):
+        calls.append(i)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return backward(self, i, progress)
+
+    monkeypatch.setattr(auto_run._Passes, "backward", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        scored(model, FORMATS, tmp_path / "kept", settings(model), Silent())
+    again = scored(model, FORMATS, tmp_path / "kept", settings(model), Silent())
+    assert calls == [1, 0, 0]
+    assert again.scores == found.scores
+    assert {p.name for p in (tmp_path / "kept").iterdir()} == {"scores", "stats"}
+
+
+def test_scores_of_something_else_are_refused(model, found, tmp_path):
+    kept = model.with_name("scores")
+    with pytest.raises(InputError, match="has scores of another formats than is asked for"):
+        scored(model, ("fp8",), kept, settings(model), Silent())
+    np.save(tmp_path / "other.npy", exports.token_ids("llama")[:1])
+    with pytest.raises(InputError, match="has scores of another calibration"):
+        scored(model, FORMATS, kept, Settings(calib=tmp_path / "other.npy"), Silent())
+    other = exports.write_base(tmp_path / "llama", "llama")
+    with pytest.raises(InputError, match="has scores of another model"):
+        scored(other, FORMATS, kept, settings(model), Silent())
+    (kept / "scores" / "scores.json").rename(tmp_path / "kept.json")
+    (kept / "scores" / "scores.json").write_text("{")
+    with pytest.raises(InputError, match="scores.json is not JSON"):
+        scored(model, FORMATS, kept, settings(model), Silent())
+    (tmp_path / "kept.json").replace(kept / "scores" / "scores.json")
+
+
+def test_awq_is_a_candidate(model, tmp_path):
+    asked = Asked(formats=("int4_awq", "int8"), bits=9.0, scores=tmp_path / "kept")
+    choice, report = auto_quantize(model, tmp_path / "out", asked, settings(model))
+    assert set(choice.choices.values()) >= {"int8"}
+    assert report.coverage.linears == len([c for c in choice.choices.values() if c != "none"])
+    ji.load(tmp_path / "out")
+
+
+WRONG = {
+    "too few": (("--bits", "3"), ("3 bits a weight cannot be reached", "the least is ")),
+    "none at all": (("--bits", "0"), "bits is 0; give a number in (0, 16]"),
+    "another way": (("--count", "quantisable"), ("unknown way to count bits", "quantizable")),
+    "no formats": (("--formats", " , "), "--formats names none"),
+    "another format": (("--formats", "nvfp5"), "unknown format 'nvfp5'"),
+    "the other way": (("--bits", "5"), "count another way: --count quantizable, by which"),
+}
+
+
+@pytest.mark.parametrize(("asked", "told"), WRONG.values(), ids=WRONG)
+def test_what_is_refused(model, found, tmp_path, asked, told):
+    kept = ("--scores", model.with_name("scores"), "--calib", model.with_name("ids.npy"))
+    refused("auto", model, tmp_path / "out", *kept, *asked, saying=told)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_no_number(model, tmp_path):
+    base = tmp_path / "llama"
+    base.mkdir()
+    for file in model.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    changed = arrays(base)
+    changed["lm_head.weight"] = np.full_like(changed["lm_head.weight"], 3e38)
+    write(base, changed)
+    ids = model.with_name("ids.npy")
+    refused("auto", base, tmp_path / "out", "--calib", ids, saying="the loss on these data is")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared exports are not here")
+def test_scores_and_choice_of_modelopt(tmp_path):
+    asked = Asked(formats=FORMATS, bits=6.0, scores=tmp_path / "kept")
+    given = Settings(calib=SHARED / "calib_ids.npy", compute="bf16")
+    choice, _ = auto_quantize(SHARED / "base", tmp_path / "out", asked, given)
+    golden = json.loads((SHARED / "mixed_fp8_nvfp4" / "golden.json").read_text())["auto_quantize"]
+    names = {"NVFP4_DEFAULT_CFG": "nvfp4", "FP8_DEFAULT_CFG": "fp8", "NONE": "none"}
+    for path, row in golden.items():
+        if path in choice.choices:
+            assert choice.choices[path] == names[row["chosen"].partition("(")[0]]
+    for file in ("config.json", "hf_quant_config.json"):
+        mine, its = (tmp_path / "out" / file), (SHARED / "mixed_fp8_nvfp4" / file)
+        assert mine.read_text() == its.read_text()
+    kept = scored(SHARED / "base", FORMATS, tmp_path / "kept", given, Silent())
+    for group in kept.groups:
+        for i, name in enumerate(FORMATS):
+            mine = sum(kept.scores[path][name] for path in group)
+            assert mine == pytest.approx(golden[group[0]]["scores"][i], rel=0.05)
