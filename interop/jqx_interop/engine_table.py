@@ -22,6 +22,7 @@ PATHS = (
 )
 """Linears of a block that stand for all; those of experts where a recipe reaches nothing else."""
 
+CAPABILITY = "compute capability "
 REASONS = {
     "block-size": "blocks of another size",
     "needed-tensor": "it asks for AWQ's `pre_quant_scale`",
@@ -110,11 +111,12 @@ def _cell(verdict: Verdict) -> str:
     if not verdict.loads:
         reason = next((REASONS[p.rule] for p in verdict.problems if p.rule in REASONS), "")
         return f"no: {reason}" if reason else "no"
-    told = (_short(text) for text in verdict.chips.values())
+    places = (text for text in verdict.chips.values() if text.startswith(CAPABILITY))
+    told = (_short(text) for text in places)
     chips = "; ".join(dict.fromkeys(told))
     return f"yes: {chips}" if chips else "yes"
 
 
 def _short(chips: str) -> str:
     """Where it runs, without what the text around the table says."""
-    return chips.removeprefix("compute capability ").removesuffix(", inputs as they are")
+    return chips.removeprefix(CAPABILITY).removesuffix(", inputs as they are")

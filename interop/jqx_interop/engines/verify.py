@@ -193,6 +193,7 @@ def _first(problems: Iterable[Problem]) -> str:
 
 
 def _chips(engine: Engine, formats: Formats) -> dict[str, str]:
-    """Scheme -> where it runs."""
+    """Scheme -> where it runs, or with what where chips do not matter."""
     rows = [find_accept(engine.name, formats.layout, use.scheme) for use in formats.uses]
-    return {row.scheme: f"{engine.chips} {row.chips}" for row in rows if row.chips}
+    places = {row.scheme: f"{engine.chips} {row.chips}" for row in rows if row.chips}
+    return {row.scheme: row.note for row in rows if row.note and not row.differs} | places
