@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jqx.auto import Budget, Group, bisected, curve, monotone, optimum
 from jqx.errors import InputError
 
-NAMES = ("nvfp4", "fp8", "none")
+NAMES, COSTS = ("nvfp4", "fp8", "none"), (4.0, 8.0, 16.0)
 
 
 def drawn(seed, count, scale=1.0):
@@ -80,9 +80,13 @@ def test_a_curve_falls(seed, count):
 
 
 def test_scores_that_rise_with_bits_do_not():
-    group = Group(members=("a", "b"), candidates=NAMES, scores=(2.0, 3.0, 0.0), costs=(4, 8, 16))
+    group = Group(
+        members=("a", "b"), candidates=NAMES, scores=(2.0, 3.0, 0.0), costs=COSTS
+    )
     assert monotone(group).scores == (2.0, 2.0, 0.0)
-    turned = Group(members=("a",), candidates=NAMES[::-1], scores=(1.0, 3.0, 2.0), costs=(16, 8, 4))
+    turned = Group(
+        members=("a",), candidates=NAMES[::-1], scores=(1.0, 3.0, 2.0), costs=COSTS[::-1]
+    )
     assert monotone(turned).scores == (1.0, 2.0, 2.0)
 
 
@@ -96,9 +100,9 @@ def test_what_nobody_chooses_counts():
 
 
 def test_scores_that_are_none():
-    bad = Group(members=("a",), candidates=NAMES, scores=(np.nan, 1.0, 0.0), costs=(4, 8, 16))
+    bad = Group(members=("a",), candidates=NAMES, scores=(np.nan, 1.0, 0.0), costs=COSTS)
     with pytest.raises(InputError, match="a has the scores .* not finite"):
-        optimum([bad], Budget(most=100))
+        optimum([bad], Budget(most=100.0))
 
 
 def test_nothing_is_printed():

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from jqx.errors import InputError, nearest
-from jqx.models import param_shapes
 
 from .checkpoints import ShardWriter, TensorOut, Workspace, plan_shards, refuse, small_files, told
 from .describe import describe
@@ -23,7 +22,7 @@ from .progress import Progress, Silent
 from .saving import in_module_order, unquantized
 from .stored import NOTE, SCALARS, Source, exact_notes, gathered, open_model, stored_arrays
 from .stored_checks import kv_tensors
-from .targets import RECIPROCALS, SMALL, TARGETS, Target, inexact_scales
+from .targets import RECIPROCALS, SMALL, TARGETS, Target, holds, inexact_scales
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +91,7 @@ def _check(source: Source, row: Target, round_scales: bool) -> None:
     where, choices = source.checkpoint.path, source.choices
     if not choices:
         raise InputError(f"{where} is not quantized: jqx quantize --target {row.name} does that")
-    shapes, held = param_shapes(source.spec), source.checkpoint.tensors
+    shapes, held = source.shapes, source.checkpoint.tensors
     problems = [
         f"{path}: {lacking}"
         for path, choice in choices.items()
@@ -117,25 +116,30 @@ def _check(source: Source, row: Target, round_scales: bool) -> None:
 
 def _unheld(source: Source, row: Target) -> Iterator[str]:
     """Linears with numbers for which the other layout has no place."""
+    leaves = (*SMALL, source.target.scale) if _halves(source, row) else SMALL
     for path in source.choices:
-        arrays = stored_arrays(source, path, (*SMALL, source.target.scale))
+        arrays = stored_arrays(source, path, leaves)
         if source.target.shifted(arrays):
             yield f"{path} has zero points, for which {row.name} has no place here"
         if (problem := source.target.unread(arrays)) is not None:
             yield f"{path}: {problem}"
-        largest = np.max(np.abs(arrays[source.target.scale].astype(np.float32)), initial=0)
-        if row.half_scales and largest > np.finfo(np.float16).max:
+        scale = arrays.get(source.target.scale, np.zeros(0, np.float32))
+        largest = np.max(np.abs(scale.astype(np.float32)), initial=0)
+        if largest > np.finfo(np.float16).max:
             yield f"{path} has the scale {largest:.6g}, and {row.name} holds none above 65504"
+
+
+def _halves(source: Source, row: Target) -> bool:
+    """Whether scales would have to become float16."""
+    return row.half_scales and not source.target.half_scales
 
 
 def _inexact(source: Source, row: Target) -> Iterator[str]:
     """Linears with scales that float16 does not hold, where they would have to be in it."""
-    for path in source.choices if row.half_scales and not source.target.half_scales else ():
-        leaf = source.target.scale
-        scales = stored_arrays(source, path, (leaf,))[leaf].astype(np.float32)
-        with np.errstate(over="ignore"):
-            if np.any(scales.astype(np.float16).astype(np.float32) != scales):
-                yield path
+    leaf = source.target.scale
+    for path in source.choices if _halves(source, row) else ():
+        if not holds(stored_arrays(source, path, (leaf,))[leaf]):
+            yield path
 
 
 def _notes(source: Source, row: Target) -> dict[str, str]:
@@ -155,7 +159,7 @@ def _notes(source: Source, row: Target) -> dict[str, str]:
 
 def _outputs(source: Source, row: Target) -> Iterator[TensorOut]:
     """Every tensor that will be written: parameters in module order, then others as they lie."""
-    have, shapes = source.checkpoint.tensors, param_shapes(source.spec)
+    have, shapes = source.checkpoint.tensors, source.shapes
     linears: dict[str, list[TensorOut]] = {}
     for path, choice in source.choices.items():
         static = any(f"{path}.{leaf}" in have for leaf in ("input_scale", "input_global_scale"))
@@ -165,8 +169,8 @@ def _outputs(source: Source, row: Target) -> Iterator[TensorOut]:
     yield from in_module_order(shapes, linears, cached, row, lambda name: _as_it_is(source, name))
     known = {*shapes, *(tensor.stored(source.target).name for tensor in cached)}
     known |= {f"{path}.{leaf}" for path in source.choices for leaf in source.target.leaves}
-    dropped = {f"{path}.bias" for path in source.choices} & source.target.nothing(have, shapes)
-    yield from (_as_it_is(source, n) for n in have if n not in known and n not in dropped)
+    known |= source.target.nothing(have, shapes)
+    yield from (_as_it_is(source, name) for name in have if name not in known)
 
 
 def _as_it_is(source: Source, name: str) -> TensorOut:
@@ -191,8 +195,7 @@ def _arrays(source: Source, row: Target, progress: Progress) -> Iterator[tuple[s
         scale = tensor.leaf.endswith("_scale")  # which others store in the model's dtype
         yield new.name, (array.astype(np.float32) if scale else array).reshape(new.shape)
         left.discard(old.name)
-    shapes = param_shapes(source.spec)
-    for name in sorted(left - source.target.nothing(checkpoint.tensors, shapes)):
+    for name in sorted(left - source.target.nothing(checkpoint.tensors, source.shapes)):
         yield name, checkpoint.read(name)
         _done(source, [name], progress)
 

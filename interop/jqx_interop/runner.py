@@ -156,10 +156,16 @@ def load_block(job: Job, i: int, compute: Compute) -> dict[str, Any]:
     leaves: dict[str, Any] = dict(compressed(job, names)) if job.settings.low_memory else {}
     for name in names:
         if name not in leaves:
-            array = jnp.asarray(read_tensor(job, name))
-            leaves[name] = array.astype(compute.carrier) if array.ndim > 1 else array
-            job.checkpoint.release(name)
+            leaves[name] = read_leaf(job, name, compute)
     return unflatten({name.removeprefix(prefix): leaf for name, leaf in leaves.items()})
+
+
+def read_leaf(job: Job, name: str, compute: Compute) -> jax.Array:
+    """The tensor `name`, a matrix in the dtype that products take; its pages are released."""
+    array = jnp.asarray(read_tensor(job, name))
+    leaf = array.astype(compute.carrier) if array.ndim > 1 else array
+    job.checkpoint.release(name)
+    return leaf
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from jqx.tensors.paths import flatten
 
 from .checkpoints import DTYPES, TensorOut, refuse
 from .stored_checks import kv_tensors, linear_shapes
-from .targets import Target, find_algo, input_factor, low_rank_factors
+from .targets import Target, find_algo, holds, input_factor, low_rank_factors
 from .targets.modelopt import Algo
 
 WAY_OUT = "Save the tree that load gave, or one like it."
@@ -185,8 +185,7 @@ def _parts(q: QTensor, choice: Choice, target: Target, dtype: np.dtype) -> str |
 
 def _not_half(path: str, q: QTensor, target: Target) -> str | None:
     """Why float16 does not hold the scales of `q`; None if it does."""
-    scale = np.asarray(q.scale, np.float32)
-    if np.array_equal(scale.astype(np.float16).astype(np.float32), scale):
+    if holds(np.asarray(q.scale)):
         return None
     return (
         f"{path} has scales that float16 does not hold, and {target.name} stores them in it: pass "

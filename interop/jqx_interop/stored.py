@@ -7,7 +7,7 @@ they are stored.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,11 @@ class Source:
     choices: Mapping[str, Choice]
     dtype: np.dtype
     target: Target = TARGETS["modelopt"]
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name and shape of every parameter, in module order."""
+        return param_shapes(self.spec)
 
 
 def open_model(model: str | Path) -> Source:
@@ -157,7 +162,7 @@ def gathered(source: Source, path: str, arrays: Mapping[str, np.ndarray]) -> QTe
     """The QTensor of the quantized linear `path` from its stored arrays. Raises InputError naming
     it for what has no QTensor.
     """
-    shape = linear_shapes(source.spec)[path]
+    shape = source.shapes[f"{path}.weight"]
     try:
         return source.target.gathered(arrays, source.choices[path], shape, source.dtype)
     except InputError as error:
@@ -203,7 +208,7 @@ def _problems(path: str, arrays: Mapping[str, np.ndarray]) -> list[str]:
 def _strange_bias(source: Source, path: str) -> list[str]:
     """What is wrong with a bias that the model does not have: it must be zeros."""
     name = f"{path}.bias"
-    strange = source.target.nothing([name], param_shapes(source.spec))
+    strange = source.target.nothing([name], source.shapes)
     if not strange or name not in source.checkpoint.tensors:
         return []
     biased = np.any(source.checkpoint.read(name).astype(np.float32) != 0)

@@ -17,7 +17,16 @@ from jqx.models import ModelSpec, block_prefix, kinds, param_shapes
 
 from .checkpoints import Checkpoint, TensorInfo, TensorOut, dtype_name
 from .inventory import FLOATS
-from .targets import INDEX, INNER, OUTER, Target, find_algo, input_factor, low_rank_factors
+from .targets import (
+    INDEX,
+    INNER,
+    OUTER,
+    Target,
+    find_algo,
+    input_factor,
+    low_rank_factors,
+    module_and_leaf,
+)
 
 CODES = (
     *("weight", "weight_packed", "weight_shape", "weight_zero_point"),
@@ -75,7 +84,7 @@ def stored_problems(
         problems += _differs(have.get(tensor.name), tensor)
     for name in have:
         known = name in expected or any(fnmatchcase(name, glob) for glob in optional)
-        if not known and _apart_of(name)[0] not in told:
+        if not known and module_and_leaf(name)[0] not in told:
             problems.append(_unknown(name, linears, target))
     return problems
 
@@ -118,7 +127,7 @@ def bad_numbers(name: str, array: np.ndarray) -> str | None:
 
     Block scales may be zero, as a block that underflows has it; every other scale is positive.
     """
-    leaf = _apart_of(name)[1]
+    leaf = module_and_leaf(name)[1]
     if leaf in CODES or not array.size:
         return None
     if array.dtype == np.uint8:
@@ -167,7 +176,7 @@ def _linear(
     optional = algo is not None and algo.engine_scales_inputs
     static = choice.static_input and (given or not optional)
     for tensor in target.outputs(path, choice, *like, static):
-        if _apart_of(tensor.name)[1] not in target.optional or tensor.name in have:
+        if module_and_leaf(tensor.name)[1] not in target.optional or tensor.name in have:
             yield _any_float(tensor, target)
     yield from (tensor for tensor in target.beside(path, choice, like[0]) if tensor.name in have)
     factor = input_factor(path, *like)
@@ -180,7 +189,7 @@ def _linear(
 
 def _any_float(tensor: TensorOut, target: Target) -> TensorOut:
     """Without its dtype if others store it in another floating-point one."""
-    free = _apart_of(tensor.name)[1] in target.any_float and tensor.dtype in FLOATS
+    free = module_and_leaf(tensor.name)[1] in target.any_float and tensor.dtype in FLOATS
     return TensorOut(tensor.name, "", tensor.shape) if free else tensor
 
 
@@ -205,16 +214,7 @@ def _differs(found: TensorInfo | None, wanted: TensorOut) -> Iterator[str]:
 
 
 def _unknown(name: str, linears: Mapping[str, object], target: Target) -> str:
-    path, leaf = _apart_of(name)
+    path, leaf = module_and_leaf(name)
     if leaf in target.leaves and leaf != "weight" and path not in linears:
         return f"tensor {name} belongs to no linear of the model"
     return f"tensor {name} is not part of the model"
-
-
-def _apart_of(name: str) -> tuple[str, str]:
-    """The module a tensor belongs to, and the name of its leaf there."""
-    for leaf in (INNER, OUTER):
-        if name.endswith(f".{leaf}"):
-            return name.removesuffix(f".{leaf}"), leaf
-    path, _, leaf = name.rpartition(".")
-    return path, leaf

@@ -75,8 +75,8 @@ def monotone(group: Group) -> Group:
 
 
 def optimum(groups: Sequence[Group], budget: Budget) -> Found:
-    """The choice with the smallest sum of scores within the budget; of equal ones the cheapest that
-    the solver finds. Raises InputError if even the cheapest choice costs more, saying what it does.
+    """The choice with the smallest sum of scores within the budget, any of equal ones. Raises
+    InputError if even the cheapest choice costs more, saying what it does.
     """
     _check(groups, budget)
     if not groups:

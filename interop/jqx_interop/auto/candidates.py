@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from jqx.algorithms.table import applicable
 from jqx.auto import Group
-from jqx.config import INPUT_FORMATS, Algorithm, Choice, QuantConfig, Rule
+from jqx.config import INPUT_FORMATS, Algorithm, QuantConfig, Rule
 from jqx.errors import InputError
 from jqx.formats import FORMATS, find_format
 from jqx.recipes import Recipe
@@ -112,11 +112,10 @@ def counted(
 
 def weights_counted(job: Job, groups: Iterable[tuple[str, ...]], counting: Counting) -> int:
     """How many weights a number of bits is about."""
-    grouped = [path for group in groups for path in group]
-    linears = [m.path for m in job.inventory.modules if m.kind == "linear"]
-    absent = [job.inventory.absent] if counting.whole else []
-    total = sum(math.prod(job.modules[p].shape) for p in (linears if counting.whole else grouped))
-    return total + sum(_head_size(job) for names in absent for _ in names)
+    if not counting.whole:
+        return sum(math.prod(job.modules[path].shape) for group in groups for path in group)
+    linears = (m.shape for m in job.inventory.modules if m.kind == "linear")
+    return sum(map(math.prod, linears)) + len(job.inventory.absent) * _head_size(job)
 
 
 def _head_size(job: Job) -> int:
@@ -163,8 +162,3 @@ def _steps(candidates: Iterable[Candidate]) -> tuple[Algorithm, ...] | str:
                 )
             found |= dict.fromkeys(steps)
     return tuple(found) or "max"
-
-
-def choice_of(candidate: Candidate, path: str) -> Choice:
-    """What a candidate chooses for a linear."""
-    return candidate.job.choices[path]

@@ -3,7 +3,7 @@
 all budgets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,50 +56,62 @@ def chosen(scored: Scored, bits: float, counting: str = "modelopt") -> Chosen:
         raise nearest(counting, COUNTINGS, "way to count bits")
     if not 0 < bits <= PLAIN_BITS:
         raise InputError(f"bits is {bits:g}; give a number in (0, 16]")
-    row = COUNTINGS[counting]
-    groups, weights, fixed = _counted(scored, row)
-    _check_reachable(scored, bits, row)
-    found = optimum(groups, Budget(most=bits * weights * (1 + 1e-12), fixed=fixed))
-    choices = {path: found.choices[group.name] for group in groups for path in group.members}
+    ways = {name: _way(scored, row) for name, row in COUNTINGS.items()}
+    way = ways[counting]
+    _check_reachable(bits, counting, ways)
+    found = optimum(way.groups, Budget(most=bits * way.weights * (1 + 1e-12), fixed=way.fixed))
+    choices = {path: found.choices[group.name] for group in way.groups for path in group.members}
+    points = curve(way.groups, way.fixed)
     return Chosen(
         choices=choices,
         score=found.score,
-        bits={name: _bits_of(scored, found, other) for name, other in COUNTINGS.items()},
-        curve=tuple((point.cost / weights, point.score) for point in curve(groups, fixed)),
+        bits={name: other.bits(found) for name, other in ways.items()},
+        curve=tuple((point.cost / way.weights, point.score) for point in points),
         recipe=composed(f"auto-{bits:g}", scored.candidates, choices, choices),
     )
 
 
-def _counted(scored: Scored, row: Counting) -> tuple[list[Group], int, float]:
-    """The groups, how many weights bits are about, and the bits of those that nobody chooses."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Way:
+    """Scores in one way of counting: the groups with their costs, how many weights bits are about,
+    and the bits of those that nobody chooses.
+    """
+
+    groups: list[Group]
+    weights: int
+    fixed: float
+
+    @property
+    def least(self) -> float:
+        """The fewest bits a weight."""
+        cheapest = sum(min(group.costs) for group in self.groups)
+        return (cheapest + self.fixed) / max(self.weights, 1)
+
+    def bits(self, found: Found) -> float:
+        """Bits a weight of a choice."""
+        picked = ((g, g.candidates.index(found.choices[g.name])) for g in self.groups)
+        return (sum(g.costs[c] for g, c in picked) + self.fixed) / max(self.weights, 1)
+
+
+def _way(scored: Scored, row: Counting) -> _Way:
     groups = counted(scored.groups, scored.scores, scored.candidates, row)
     weights = weights_counted(scored.candidates[0].job, scored.groups, row)
     mine = sum(group.costs[-1] for group in groups) / PLAIN_BITS
-    return [monotone(group) for group in groups], weights, PLAIN_BITS * (weights - mine)
+    fixed = PLAIN_BITS * (weights - mine)
+    return _Way(groups=[monotone(group) for group in groups], weights=weights, fixed=fixed)
 
 
-def _bits_of(scored: Scored, found: Found, row: Counting) -> float:
-    groups, weights, fixed = _counted(scored, row)
-    cost = sum(g.costs[g.candidates.index(found.choices[g.name])] for g in groups)
-    return (cost + fixed) / max(weights, 1)
-
-
-def _least(scored: Scored, row: Counting) -> float:
-    groups, weights, fixed = _counted(scored, row)
-    return (sum(min(group.costs) for group in groups) + fixed) / max(weights, 1)
-
-
-def _check_reachable(scored: Scored, bits: float, row: Counting) -> None:
-    least = _least(scored, row)
+def _check_reachable(bits: float, counting: str, ways: Mapping[str, _Way]) -> None:
+    least = ways[counting].least
     if bits >= least * (1 - 1e-12):
         return
-    others: Sequence[str] = [
-        f"--count {other.name}, by which the least is {_least(scored, other):.2f}"
-        for other in COUNTINGS.values()
-        if other != row and _least(scored, other) <= bits
+    others = [
+        f"--count {name}, by which the least is {way.least:.2f}"
+        for name, way in ways.items()
+        if name != counting and way.least <= bits
     ]
     way_out = f", or count another way: {others[0]}" if others else ""
     raise InputError(
         f"{bits:g} bits a weight cannot be reached with these formats: the least is {least:.2f}, "
-        f"counted as {row.name} does; give as many, a smaller format{way_out}"
+        f"counted as {counting} does; give as many, a smaller format{way_out}"
     )

@@ -32,7 +32,7 @@ from jqx_interop.hidden import HiddenStates
 from jqx_interop.job import Job, prepare
 from jqx_interop.pipeline import load_inputs
 from jqx_interop.progress import Progress
-from jqx_interop.runner import load_block
+from jqx_interop.runner import load_block, read_leaf
 from jqx_interop.saved_stats import SavedStats
 from jqx_interop.searched import Search
 from jqx_interop.settings import Settings
@@ -79,7 +79,7 @@ def scored(
             f"{base.checkpoint.path}: gradients need the model, and model_type "
             f"{base.checkpoint.config.get('model_type')!r} is not defined here"
         )
-    data = load_inputs(replace(base, asked=None, kv=None)).calibration or _data_of(base)
+    data = _data_of(base)
     if not stats.is_dir() and any(base.asked or {}):
         calibrate(model, stats, recipes, settings, progress)
     given = replace(settings, stats=stats if stats.is_dir() else None)
@@ -100,7 +100,7 @@ def scored(
 
 
 def _data_of(job: Job) -> CalibrationSet:
-    """The data of a job whose recipes need none."""
+    """The data that gradients are taken on, whether or not a recipe needs any."""
     found = load_inputs(replace(job, asked=dict.fromkeys(job.choices, ("amax",)))).calibration
     assert found is not None
     return found
@@ -181,6 +181,11 @@ class _Passes:
         assert job.spec is not None
         self.spec: ModelSpec = job.spec
         self._job, self._candidates = job, candidates
+        self._saved = {
+            c.name: SavedStats(c.job, c.job.settings.stats)
+            for c in candidates
+            if c.job.settings.stats is not None
+        }
         self._grouped = {path for group in groups for path in group}
         self._ids = np.concatenate(data.batches)
         shares = (np.full(len(b), 1 / (b.size - len(b) or 1), np.float32) for b in data.batches)
@@ -228,10 +233,7 @@ class _Passes:
         """Put the gradients to the last states; returns the mean loss of a batch."""
         job, spec, compute = self._job, self.spec, self._compute
         names = (spec.names.final_norm, spec.names.embed if spec.tied else spec.names.head)
-        leaves: dict[str, Any] = {}
-        for name in names:
-            array = jnp.asarray(read_tensor(job, f"{name}.weight"))
-            leaves[f"{name}.weight"] = array.astype(compute.carrier) if array.ndim > 1 else array
+        leaves = {f"{name}.weight": read_leaf(job, f"{name}.weight", compute) for name in names}
         params, last = unflatten(leaves), len(kinds(spec))
         program = Program(spec, kinds(spec)[-1], compute)
         chunk, total = chunk_of(spec.vocab), 0.0
@@ -293,8 +295,8 @@ class _Passes:
         """The linears of block `i` as a candidate would have them, each by itself."""
         job, prefix = candidate.job, block_prefix(self.spec, i) + "."
         unit = job.inventory.blocks[i]
-        stats = SavedStats(job, job.settings.stats).of_unit(unit)[0] if job.settings.stats else None
-        inputs = stats.inputs if stats else {}
+        saved = self._saved.get(candidate.name)
+        inputs = {} if saved is None else saved.of_unit(unit)[0].inputs
         groups = linear_groups(job, job.inventory.units[unit])
         mine = [tuple(p for p in group if p in self._grouped) for group in groups]
         found = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jqx_interop.checkpoints import TensorInfo
 from jqx_interop.inventory import EMBEDDINGS, SIBLINGS
-from jqx_interop.targets import INNER, OUTER
+from jqx_interop.targets import module_and_leaf
 
 from .descriptions import Said, read_said
 from .files import Files, read_files
@@ -121,15 +121,6 @@ def read_facts(model: str | Path) -> Facts:
     )
 
 
-def split(name: str) -> tuple[str, str]:
-    """The module a tensor belongs to, and the name of its leaf there."""
-    for leaf in (INNER, OUTER):
-        if name.endswith(f".{leaf}"):
-            return name.removesuffix(f".{leaf}"), leaf
-    path, _, leaf = name.rpartition(".")
-    return path, leaf
-
-
 def _by_module(
     tensors: Mapping[str, TensorInfo], shapes: Iterable[str]
 ) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
@@ -140,7 +131,7 @@ def _by_module(
         if STACKED.search(name) and len(info.shape) == 3:
             stacked[name] = info
         else:
-            path, leaf = split(name)
+            path, leaf = module_and_leaf(name)
             modules.setdefault(path, {})[leaf] = info
     known = set(shapes)
     found = {path: leaves for path, leaves in modules.items() if _is_linear(path, leaves, known)}
@@ -261,7 +252,7 @@ def kv_leaves(facts: Facts) -> Iterator[tuple[str, str, TensorInfo]]:
             if leaf in linear.leaves:
                 yield linear.path.rpartition(".")[0], leaf, linear.leaves[leaf]
     for name, info in facts.rest.items():
-        path, leaf = split(name)
+        path, leaf = module_and_leaf(name)
         if leaf in KV_LEAVES:
             yield path, leaf, info
 

@@ -139,10 +139,17 @@ def halved(scale: np.ndarray) -> np.ndarray:
     return np.copysign(np.clip(wide, least, most), scale).astype(np.float16)
 
 
+def holds(scale: np.ndarray) -> bool:
+    """Whether float16 holds scales as they are."""
+    wide = scale.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return np.array_equal(wide.astype(np.float16).astype(np.float32), wide)
+
+
 def unread(arrays: Mapping[str, np.ndarray]) -> str | None:
     """Why the codes of a linear cannot be read; None if they can."""
     if INDEX in arrays:
-        index, blocks = arrays[INDEX], arrays["scales"].shape[0]
+        index, blocks = arrays[INDEX], arrays["qzeros"].shape[0]
         if np.any(index != np.arange(index.shape[0]) // (index.shape[0] // blocks)):
             return "its columns are in another order (desc_act), which is not read"
     return None

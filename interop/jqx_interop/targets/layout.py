@@ -112,6 +112,15 @@ def abstract(name: str, shape: tuple[int, ...], dtype: str) -> QTensor:
     )
 
 
+def module_and_leaf(name: str) -> tuple[str, str]:
+    """The module a tensor belongs to, and the name of its leaf there."""
+    for leaf in (INNER, OUTER):
+        if name.endswith(f".{leaf}"):
+            return name.removesuffix(f".{leaf}"), leaf
+    path, _, leaf = name.rpartition(".")
+    return path, leaf
+
+
 def shift(scale: np.ndarray, zeros: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
     """What signed codes [n, k] with the zero points `zeros` [n, blocks] are more than the same
     codes with the zero point 0, as a part of low rank; None where all are 0.
