@@ -80,9 +80,7 @@ def test_a_curve_falls(seed, count):
 
 
 def test_scores_that_rise_with_bits_do_not():
-    group = Group(
-        members=("a", "b"), candidates=NAMES, scores=(2.0, 3.0, 0.0), costs=COSTS
-    )
+    group = Group(members=("a", "b"), candidates=NAMES, scores=(2.0, 3.0, 0.0), costs=COSTS)
     assert monotone(group).scores == (2.0, 2.0, 0.0)
     turned = Group(
         members=("a",), candidates=NAMES[::-1], scores=(1.0, 3.0, 2.0), costs=COSTS[::-1]
