@@ -4,6 +4,7 @@ what is refused.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import exports
@@ -202,10 +203,7 @@ def test_what_is_refused(model, found, tmp_path, asked, told):
 
 
 def test_a_loss_that_is_no_number(model, tmp_path):
-    base = tmp_path / "llama"
-    base.mkdir()
-    for file in model.iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
+    base = Path(shutil.copytree(model, tmp_path / "llama"))
     changed = arrays(base)
     changed["lm_head.weight"] = np.full_like(changed["lm_head.weight"], 3e38)
     write(base, changed)

@@ -8,10 +8,11 @@ import typer
 
 from jqx.errors import InputError
 
-from .console import COMPUTE, MODEL, Bars, complete_compute, err, out, print_json, print_table, size
+from .console import MODEL, Bars, err, out, print_json, print_table, size
 from .engines import look_at, tell_engines, verdicts_json
 from .export import complete_targets
-from .quantize import DATA, HOW, complete_formats, complete_kv
+from .options import AsJson, BatchSize, Calib, CalibSeq, CalibSize, ComputeIn, Restart
+from .quantize import complete_formats, complete_kv
 
 CHOICE = "The choice"
 
@@ -64,28 +65,13 @@ def auto(  # noqa: PLR0913  a command's options are its parameters
     target: Annotated[
         str, typer.Option(help="The layout: see `jqx targets`.", autocompletion=complete_targets)
     ] = "modelopt",
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            help="A .txt, .jsonl, .parquet or .npy file (default: a bundled text).",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    calib_size: Annotated[int, typer.Option(help="Sequences.", rich_help_panel=DATA)] = 128,
-    calib_seq: Annotated[
-        int, typer.Option(help="Tokens in a sequence, at most the model's.", rich_help_panel=DATA)
-    ] = 512,
-    batch_size: Annotated[
-        int, typer.Option(help="Sequences at a time; 0 chooses.", rich_help_panel=HOW)
-    ] = 0,
-    compute: Annotated[
-        str,
-        typer.Option(help=COMPUTE, rich_help_panel=HOW, autocompletion=complete_compute),
-    ] = "auto",
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw an unfinished run away.", rich_help_panel=HOW)
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    calib: Calib = None,
+    calib_size: CalibSize = 128,
+    calib_seq: CalibSeq = 512,
+    batch_size: BatchSize = 0,
+    compute: ComputeIn = "auto",
+    restart: Restart = False,
+    as_json: AsJson = False,
 ) -> None:
     """Give every linear of MODEL the format that it loses least with, within so many bits.
 

@@ -6,8 +6,19 @@ from typing import Annotated
 
 import typer
 
-from .console import COMPUTE, MODEL, Bars, complete_compute, out, print_json, size
-from .quantize import DATA, HOW, complete_formats, complete_kv
+from .console import MODEL, Bars, out, print_json, size
+from .options import (
+    DATA,
+    AsJson,
+    BatchSize,
+    Calib,
+    CalibSeq,
+    CalibSize,
+    ComputeIn,
+    MaxMemory,
+    Restart,
+)
+from .quantize import complete_formats, complete_kv
 
 
 def calibrate(  # noqa: PLR0913  a command's options are its parameters
@@ -30,17 +41,9 @@ def calibrate(  # noqa: PLR0913  a command's options are its parameters
     kv_cache: Annotated[
         str, typer.Option(help="Format of keys and values.", autocompletion=complete_kv)
     ] = "fp8",
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            help="A .txt, .jsonl, .parquet or .npy file (default: a bundled text).",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    calib_size: Annotated[int, typer.Option(help="Sequences.", rich_help_panel=DATA)] = 512,
-    calib_seq: Annotated[
-        int, typer.Option(help="Tokens in a sequence, at most the model's.", rich_help_panel=DATA)
-    ] = 512,
+    calib: Calib = None,
+    calib_size: CalibSize = 512,
+    calib_seq: CalibSeq = 512,
     activations: Annotated[
         Path | None,
         typer.Option(
@@ -51,20 +54,11 @@ def calibrate(  # noqa: PLR0913  a command's options are its parameters
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipes: block=64."),
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Sequences at a time; 0 chooses.", rich_help_panel=HOW)
-    ] = 0,
-    max_memory: Annotated[
-        str, typer.Option(help="Hidden states larger than this go to disk.", rich_help_panel=HOW)
-    ] = "4GiB",
-    compute: Annotated[
-        str,
-        typer.Option(help=COMPUTE, rich_help_panel=HOW, autocompletion=complete_compute),
-    ] = "auto",
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw an unfinished run away.", rich_help_panel=HOW)
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    batch_size: BatchSize = 0,
+    max_memory: MaxMemory = "4GiB",
+    compute: ComputeIn = "auto",
+    restart: Restart = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the checkpoint MODEL once and keep what recipes need of it in STATS, for `jqx quantize
     --stats STATS`.

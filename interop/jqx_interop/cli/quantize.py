@@ -9,10 +9,8 @@ import typer
 from jqx.errors import InputError
 
 from .console import (
-    COMPUTE,
     MODEL,
     Bars,
-    complete_compute,
     duration,
     err,
     out,
@@ -22,14 +20,24 @@ from .console import (
 )
 from .engines import look_at, tell_engines, verdicts_json
 from .export import complete_targets
+from .options import (
+    DATA,
+    HOW,
+    AsJson,
+    BatchSize,
+    Calib,
+    CalibSeq,
+    CalibSize,
+    ComputeIn,
+    MaxMemory,
+    Restart,
+)
 
 if TYPE_CHECKING:
     from jqx_interop.engines import Verdict
     from jqx_interop.job import Job
     from jqx_interop.plan import Plan
     from jqx_interop.report import Report
-
-DATA, HOW = "Calibration data", "How it runs"
 
 
 def complete_formats(incomplete: str) -> list[str]:
@@ -77,17 +85,9 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
             help="Change the recipe: block=64, or a parameter of its algorithm.",
         ),
     ] = None,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            help="A .txt, .jsonl, .parquet or .npy file (default: a bundled text).",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    calib_size: Annotated[int, typer.Option(help="Sequences.", rich_help_panel=DATA)] = 512,
-    calib_seq: Annotated[
-        int, typer.Option(help="Tokens in a sequence, at most the model's.", rich_help_panel=DATA)
-    ] = 512,
+    calib: Calib = None,
+    calib_size: CalibSize = 512,
+    calib_seq: CalibSeq = 512,
     activations: Annotated[
         Path | None,
         typer.Option(
@@ -100,12 +100,8 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
             help="Statistics that `jqx calibrate` wrote: no model is run.", rich_help_panel=DATA
         ),
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Sequences at a time; 0 chooses.", rich_help_panel=HOW)
-    ] = 0,
-    max_memory: Annotated[
-        str, typer.Option(help="Hidden states larger than this go to disk.", rich_help_panel=HOW)
-    ] = "4GiB",
+    batch_size: BatchSize = 0,
+    max_memory: MaxMemory = "4GiB",
     low_memory: Annotated[
         bool,
         typer.Option(
@@ -117,10 +113,7 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file.", rich_help_panel=HOW)
     ] = "10GB",
-    compute: Annotated[
-        str,
-        typer.Option(help=COMPUTE, rich_help_panel=HOW, autocompletion=complete_compute),
-    ] = "auto",
+    compute: ComputeIn = "auto",
     target: Annotated[
         str,
         typer.Option(
@@ -146,9 +139,7 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
             rich_help_panel=HOW,
         ),
     ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw an unfinished run away.", rich_help_panel=HOW)
-    ] = False,
+    restart: Restart = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would happen and what it costs; do nothing.")
     ] = False,
@@ -159,7 +150,7 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
             help="A new directory for a page about what became of every linear.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize the checkpoint MODEL and write it to OUT.
 
