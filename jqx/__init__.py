@@ -7,6 +7,8 @@ from .api import dequantize as dequantize
 from .api import fake_quantized as fake_quantized
 from .api import kv_rounding as kv_rounding
 from .api import quantize as quantize
+from .auto.function import AutoQuantized as AutoQuantized
+from .auto.function import auto_quantize as auto_quantize
 from .calibration.run import calibrate as calibrate
 from .config import KEEP as KEEP
 from .config import Algorithm as Algorithm

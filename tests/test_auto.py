@@ -22,14 +22,15 @@ from jqx.errors import InputError
 from jqx.formats import find_format
 from jqx.models import forward
 from jqx.transforms import observe, probe, probes
-from jqx_interop.auto import COUNTINGS, Asked, auto_quantize, chosen, scored
+from jqx_interop.auto import BIT_COUNTS, Asked, Limit, Scoring, auto_quantize, chosen, scored
+from jqx_interop.auto import gradients as auto_gradients
 from jqx_interop.auto import run as auto_run
 from jqx_interop.progress import Silent
 from jqx_interop.settings import Settings
 from jqx_interop.stored import open_model
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "golden"
 FORMATS = ("nvfp4", "fp8")
+SCORING = Scoring(recipes=FORMATS)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def settings(model, **more):
 
 @pytest.fixture(scope="module")
 def found(model):
-    return scored(model, FORMATS, model.with_name("scores"), settings(model), Silent())
+    return scored(model, SCORING, model.with_name("scores"), settings(model), Silent())
 
 
 def outputs_of(x, w, bounds):
@@ -87,16 +88,18 @@ def test_scores_follow_the_definition(model, found):
             for kind, y in outputs_of(x, w, jnp.float32(most)):
                 wanted[path][kind] += float(jnp.sum(jnp.square(gradient * (y - x @ w.T))))
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
-    for path in paths:
+    assert set(found.scores) == {group[0] for group in found.groups}
+    for group in found.groups:
         for kind in FORMATS:
-            assert found.scores[path][kind] == pytest.approx(wanted[path][kind], rel=0.02), path
+            together = sum(wanted[path][kind] for path in group)
+            assert found.scores[group[0]][kind] == pytest.approx(together, rel=0.02), group
 
 
-@pytest.mark.parametrize("count", COUNTINGS)
+@pytest.mark.parametrize("count", BIT_COUNTS)
 @pytest.mark.parametrize("bits", [5.5, 7.0, 9.0, 16.0])
 def test_a_choice_keeps_to_its_budget(found, count, bits):
-    choice = chosen(found, bits, count)
-    assert choice.bits[count] <= bits * (1 + 1e-9)
+    choice = chosen(found, Limit(most=bits, count=count))
+    assert choice.costs[count] <= bits * (1 + 1e-9)
     assert set(choice.choices) == {path for group in found.groups for path in group}
     for group in found.groups:
         assert len({choice.choices[path] for path in group}) == 1
@@ -108,7 +111,7 @@ def test_a_choice_keeps_to_its_budget(found, count, bits):
 
 
 def test_more_bits_lose_no_more(found):
-    scores = [chosen(found, bits).score for bits in np.linspace(6.0, 16.0, 21)]
+    scores = [chosen(found, Limit(most=bits)).score for bits in np.linspace(6.0, 16.0, 21)]
     assert scores == sorted(scores, reverse=True)
     assert scores[0] > scores[-1]
 
@@ -119,7 +122,7 @@ def test_the_command_writes_what_was_chosen(model, tmp_path):
     code, out, err = jqx("auto", model, tmp_path / "out", "--bits", "6.6", *asked)
     assert code == 0, err
     said = json.loads(out)
-    assert said["auto"]["bits"]["modelopt"] <= 6.6
+    assert said["auto"]["costs"]["modelopt"] <= 6.6
     assert said["engines"]["vllm"]["loads"] is True
     stored = open_model(tmp_path / "out").choices
     picked = {p: c for p, c in said["auto"]["choices"].items() if c != "none"}
@@ -138,12 +141,12 @@ def test_kept_scores_are_taken(model, found, monkeypatch):
         raise AssertionError("scored again")
 
     monkeypatch.setattr(auto_run, "_score", never)
-    again = scored(model, FORMATS, model.with_name("scores"), settings(model), Silent())
+    again = scored(model, SCORING, model.with_name("scores"), settings(model), Silent())
     assert again.scores == found.scores
 
 
 def test_a_run_that_was_stopped_goes_on(model, found, tmp_path, monkeypatch):
-    backward, calls = auto_run._Passes.backward, []
+    backward, calls = auto_gradients._Backward.backward, []
 
     def stopping(self, i, progress):
         calls.append(i)
@@ -151,10 +154,10 @@ def test_a_run_that_was_stopped_goes_on(model, found, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return backward(self, i, progress)
 
-    monkeypatch.setattr(auto_run._Passes, "backward", stopping)
+    monkeypatch.setattr(auto_gradients._Backward, "backward", stopping)
     with pytest.raises(KeyboardInterrupt):
-        scored(model, FORMATS, tmp_path / "kept", settings(model), Silent())
-    again = scored(model, FORMATS, tmp_path / "kept", settings(model), Silent())
+        scored(model, SCORING, tmp_path / "kept", settings(model), Silent())
+    again = scored(model, SCORING, tmp_path / "kept", settings(model), Silent())
     assert calls == [1, 0, 0]
     assert again.scores == found.scores
     assert {p.name for p in (tmp_path / "kept").iterdir()} == {"scores", "stats"}
@@ -163,31 +166,34 @@ def test_a_run_that_was_stopped_goes_on(model, found, tmp_path, monkeypatch):
 def test_scores_of_something_else_are_refused(model, found, tmp_path):
     kept = model.with_name("scores")
     with pytest.raises(InputError, match="has scores of another formats than is asked for"):
-        scored(model, ("fp8",), kept, settings(model), Silent())
+        scored(model, Scoring(recipes=("fp8",)), kept, settings(model), Silent())
     np.save(tmp_path / "other.npy", exports.token_ids("llama")[:1])
     with pytest.raises(InputError, match="has scores of another calibration"):
-        scored(model, FORMATS, kept, Settings(calib=tmp_path / "other.npy"), Silent())
+        scored(model, SCORING, kept, Settings(calib=tmp_path / "other.npy"), Silent())
     other = exports.write_base(tmp_path / "llama", "llama")
     with pytest.raises(InputError, match="has scores of another model"):
-        scored(other, FORMATS, kept, settings(model), Silent())
+        scored(other, SCORING, kept, settings(model), Silent())
     (kept / "scores" / "scores.json").rename(tmp_path / "kept.json")
     (kept / "scores" / "scores.json").write_text("{")
     with pytest.raises(InputError, match="scores.json is not JSON"):
-        scored(model, FORMATS, kept, settings(model), Silent())
+        scored(model, SCORING, kept, settings(model), Silent())
     (tmp_path / "kept.json").replace(kept / "scores" / "scores.json")
 
 
 def test_awq_is_a_candidate(model, tmp_path):
-    asked = Asked(formats=("int4_awq", "int8"), bits=9.0, scores=tmp_path / "kept")
-    choice, report = auto_quantize(model, tmp_path / "out", asked, settings(model))
+    asked = Asked(formats=("int4_awq", "int8"), limit=Limit(most=9.0), scores=tmp_path / "kept")
+    given = settings(model, target="compressed-tensors")
+    choice, report = auto_quantize(model, tmp_path / "out", asked, given)
     assert set(choice.choices.values()) >= {"int8"}
+    kept = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert kept >= {"stats", "stats-awq"}, "AWQ is calibrated on a part of the data"
     assert report.coverage.linears == len([c for c in choice.choices.values() if c != "none"])
     ji.load(tmp_path / "out")
 
 
 WRONG = {
     "too few": (("--bits", "3"), ("3 bits a weight cannot be reached", "the least is ")),
-    "none at all": (("--bits", "0"), "bits is 0; give a number in (0, 16]"),
+    "none at all": (("--bits", "0"), "the budget is 0 bits a weight; give a number in (0, 16]"),
     "another way": (("--count", "quantisable"), ("unknown way to count bits", "quantizable")),
     "no formats": (("--formats", " , "), "--formats names none"),
     "another format": (("--formats", "nvfp5"), "unknown format 'nvfp5'"),
@@ -209,23 +215,3 @@ def test_a_loss_that_is_no_number(model, tmp_path):
     write(base, changed)
     ids = model.with_name("ids.npy")
     refused("auto", base, tmp_path / "out", "--calib", ids, saying="the loss on these data is")
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared exports are not here")
-def test_scores_and_choice_of_modelopt(tmp_path):
-    asked = Asked(formats=FORMATS, bits=6.0, scores=tmp_path / "kept")
-    given = Settings(calib=SHARED / "calib_ids.npy", compute="bf16")
-    choice, _ = auto_quantize(SHARED / "base", tmp_path / "out", asked, given)
-    golden = json.loads((SHARED / "mixed_fp8_nvfp4" / "golden.json").read_text())["auto_quantize"]
-    names = {"NVFP4_DEFAULT_CFG": "nvfp4", "FP8_DEFAULT_CFG": "fp8", "NONE": "none"}
-    for path, row in golden.items():
-        if path in choice.choices:
-            assert choice.choices[path] == names[row["chosen"].partition("(")[0]]
-    for file in ("config.json", "hf_quant_config.json"):
-        mine, its = (tmp_path / "out" / file), (SHARED / "mixed_fp8_nvfp4" / file)
-        assert mine.read_text() == its.read_text()
-    kept = scored(SHARED / "base", FORMATS, tmp_path / "kept", given, Silent())
-    for group in kept.groups:
-        for i, name in enumerate(FORMATS):
-            mine = sum(kept.scores[path][name] for path in group)
-            assert mine == pytest.approx(golden[group[0]]["scores"][i], rel=0.05)

@@ -73,6 +73,10 @@ def tied(x: Float32[Array, "k"], stats: InputStats, over: Reduce) -> Float32[Arr
     return jnp.zeros_like(x).at[groups].set(over(x[groups], 0)[None, :])
 
 
+INVERSE = "inverse"
+"""The fact of what a weight was multiplied by, float32 [k]."""
+
+
 def scale_amax(linear: Linear, fmt: Format) -> Float32[Array, "..."]:
     """What the scales of `linear` reach, in their shape: what was chosen, or the largest
     magnitudes.
@@ -101,13 +105,14 @@ def smoothed(
     found = linear.input_amax
     if channel_amax is not None:
         found = round_to(jnp.max(round_to(channel_amax, dtype) * p), dtype)
-    return linear._replace(
+    done = linear._replace(
         weight=weight,
         pre_quant_scale=scale.astype(dtype),
         input_amax=found,
         amax=None,
         tensor_amax=None,
     )
+    return done.told(inverse=linear.facts.get(INVERSE, jnp.ones_like(p)) * inverse)
 
 
 def stored(linear: Linear, fmt: Format) -> QTensor:

@@ -38,6 +38,20 @@ def simulate(
     return _RULES.get((fmt.element.name, fmt.scale.name), _as_stored)(x, fmt, amax, tensor_amax)
 
 
+def simulate_stages(
+    x: Float[Array, "n k"], fmt: Format, amax: Amax = None, tensor_amax: Amax = None
+) -> Float[Array, "n k"]:
+    """`simulate`, and where codes of integers are read as FP8 the rounding to it, with a scale that
+    reaches `tensor_amax` (the largest magnitude of `x` where None). Searches leave that out.
+    """
+    y = simulate(x, fmt, amax, tensor_amax)
+    if fmt.element.name != "int4" or fmt.tensor_bound is None:
+        return y
+    most = jnp.max(jnp.abs(x)) if tensor_amax is None else tensor_amax
+    s, back = _e4m3_pair(most.astype(jnp.float32))
+    return (_e4m3(y.astype(jnp.float32) * s) * back).astype(x.dtype)
+
+
 def _grid(x: Array, fmt: Format, amax: Amax) -> Float32[Array, "..."]:
     found = block_amax(x, fmt.block) if amax is None else amax.astype(jnp.float32)
     return found.reshape(grid_shape(fmt, x.shape) or (1, 1))

@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoQuantize for checkpoints: scores by gradients, a choice under a budget, and its export."""
+"""AutoQuantize for checkpoints: scores by gradients or divergence, a choice under a budget, and its
+export.
+"""
 
-from .candidates import COUNTINGS as COUNTINGS
 from .choosing import Chosen as Chosen
+from .choosing import Limit as Limit
 from .choosing import chosen as chosen
+from .choosing import limit_of as limit_of
 from .quantize import Asked as Asked
 from .quantize import auto_quantize as auto_quantize
+from .run import METHODS as METHODS
 from .run import Scored as Scored
+from .run import Scoring as Scoring
 from .run import scored as scored
+from .ways import BIT_COUNTS as BIT_COUNTS
+from .ways import LATENCY as LATENCY
+from .ways import WAYS as WAYS

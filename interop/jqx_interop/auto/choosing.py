@@ -3,27 +3,84 @@
 all budgets.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from jqx.auto import Budget, Found, Group, curve, monotone, optimum
+from jqx.auto import (
+    NONE,
+    PLAIN_BITS,
+    Budget,
+    Found,
+    Group,
+    Weighting,
+    bisected,
+    curve,
+    optimum,
+)
 from jqx.errors import InputError, nearest
 from jqx.recipes import Recipe
+from jqx_interop.checkpoints import parse_size
 
-from .candidates import COUNTINGS, NONE, PLAIN_BITS, Counting, composed, counted, weights_counted
+from .candidates import composed
 from .run import Scored
+from .ways import BIT_COUNTS, LATENCY, WAYS, Way, way_of
+
+SOLVERS: Mapping[str, Callable[[Sequence[Group], Budget], Found]] = {
+    "gradient": optimum,
+    "fisher": optimum,
+    "kl": bisected,
+}
+"""Method -> how a choice is found from its scores: as ModelOpt does where it has the method."""
+
+
+DEFAULT_BITS = 4.8  # ModelOpt's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """A budget: at most `most`, counted in the way `count`, a row of WAYS or "latency", which reads
+    `table`. `weighting`: how much weights of experts and of linears left out count as bits.
+    """
+
+    most: float
+    count: str = "modelopt"
+    table: Path | None = None
+    weighting: Weighting = field(default_factory=Weighting)
+
+
+def limit_of(
+    given: Mapping[str, float | str | None], count: str = "modelopt", table: Path | None = None
+) -> Limit:
+    """The budget that is given, one of "bits" (4.8 if none is given), "bytes" (a number, or text
+    such as "90MiB") and "latency". Raises InputError for two, and for text that is no size.
+    """
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) > 1:
+        raise InputError(f"budgets of {' and '.join(named)} are given: give one")
+    if table is not None and "latency" not in named:
+        raise InputError("a table of latencies is given, and no latency: give --max-latency")
+    if "bytes" in named:
+        return Limit(most=float(parse_size(named["bytes"])), count="bytes")
+    if "latency" in named:
+        return Limit(most=float(named["latency"]), count=LATENCY, table=table)
+    if count not in BIT_COUNTS:
+        raise nearest(count, BIT_COUNTS, "way to count bits")
+    return Limit(most=float(named.get("bits", DEFAULT_BITS)), count=count)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """`choices`: linear -> candidate; `score` their sum; `bits` by way of counting; `curve`: points
-    (bits, score) of all budgets; `recipe`: what quantizes so.
+    """`choices`: linear -> candidate; `score`: their sum; `costs` by way of counting; `curve`:
+    points (cost, score) of all budgets in the way `count`; `recipe`: what quantizes so.
     """
 
     choices: dict[str, str]
     score: float
-    bits: dict[str, float]
+    costs: dict[str, float]
+    count: str
+    unit: str
     curve: tuple[tuple[float, float], ...]
     recipe: Recipe
 
@@ -37,81 +94,63 @@ class Chosen:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
+        points = [{"cost": cost, "score": score} for cost, score in self.curve]
         return {
             "choices": self.choices,
             "score": self.score,
-            "bits": self.bits,
-            "curve": [{"bits": bits, "score": score} for bits, score in self.curve],
+            "costs": self.costs,
+            "curve": {"count": self.count, "unit": self.unit, "points": points},
         }
 
 
-def chosen(scored: Scored, bits: float, counting: str = "modelopt") -> Chosen:
-    """The choice with the smallest sum of scores of at most `bits` a weight, counted in the way
-    `counting`, a row of COUNTINGS.
+def chosen(scored: Scored, limit: Limit) -> Chosen:
+    """The choice with the smallest sum of scores within `limit` (of "kl", as ModelOpt chooses).
 
-    Raises InputError for another way, and for fewer bits than can be reached, with the least and
-    the other way to count.
+    Raises InputError for another way to count, and for less than can be reached, with the least and
+    another way.
     """
-    if counting not in COUNTINGS:
-        raise nearest(counting, COUNTINGS, "way to count bits")
-    if not 0 < bits <= PLAIN_BITS:
-        raise InputError(f"bits is {bits:g}; give a number in (0, 16]")
-    ways = {name: _way(scored, row) for name, row in COUNTINGS.items()}
-    way = ways[counting]
-    _check_reachable(bits, counting, ways)
-    found = optimum(way.groups, Budget(most=bits * way.weights * (1 + 1e-12), fixed=way.fixed))
+    ways = {name: way_of(name, scored, limit.weighting) for name in WAYS}
+    if limit.count not in ways:
+        ways[limit.count] = way_of(limit.count, scored, limit.weighting, limit.table)
+    way = ways[limit.count]
+    _check_number(limit.most, way)
+    _check_reachable(limit.most, way, ways)
+    budget = Budget(most=limit.most * way.per * (1 + 1e-12), fixed=way.fixed, unit=way.unit)
+    found = SOLVERS[scored.method](way.groups, budget)
     choices = {path: found.choices[group.name] for group in way.groups for path in group.members}
-    points = curve(way.groups, way.fixed)
     return Chosen(
         choices=choices,
         score=found.score,
-        bits={name: other.bits(found) for name, other in ways.items()},
-        curve=tuple((point.cost / way.weights, point.score) for point in points),
-        recipe=composed(f"auto-{bits:g}", scored.candidates, choices, choices),
+        costs={name: other.cost(found) for name, other in ways.items()},
+        count=limit.count,
+        unit=way.unit,
+        curve=tuple((p.cost / way.per, p.score) for p in curve(way.groups, way.fixed)),
+        recipe=composed(f"auto-{limit.most:g}", scored.candidates, choices),
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Way:
-    """Scores in one way of counting: the groups with their costs, how many weights bits are about,
-    and the bits of those that nobody chooses.
-    """
-
-    groups: list[Group]
-    weights: int
-    fixed: float
-
-    @property
-    def least(self) -> float:
-        """The fewest bits a weight."""
-        cheapest = sum(min(group.costs) for group in self.groups)
-        return (cheapest + self.fixed) / max(self.weights, 1)
-
-    def bits(self, found: Found) -> float:
-        """Bits a weight of a choice."""
-        picked = ((g, g.candidates.index(found.choices[g.name])) for g in self.groups)
-        return (sum(g.costs[c] for g, c in picked) + self.fixed) / max(self.weights, 1)
+def _check_number(most: float, way: Way) -> None:
+    bits = way.name in BIT_COUNTS
+    if not most > 0 or (bits and most > PLAIN_BITS):
+        within = f"in (0, {PLAIN_BITS:g}]" if bits else "above 0"
+        raise InputError(f"the budget is {most:g} {way.unit}; give a number {within}")
 
 
-def _way(scored: Scored, row: Counting) -> _Way:
-    groups = counted(scored.groups, scored.scores, scored.candidates, row)
-    weights = weights_counted(scored.candidates[0].job, scored.groups, row)
-    mine = sum(group.costs[-1] for group in groups) / PLAIN_BITS
-    fixed = PLAIN_BITS * (weights - mine)
-    return _Way(groups=[monotone(group) for group in groups], weights=weights, fixed=fixed)
+def _said(amount: float) -> str:
+    return f"{amount:,.0f}" if amount >= 1000 else f"{amount:.4g}"
 
 
-def _check_reachable(bits: float, counting: str, ways: Mapping[str, _Way]) -> None:
-    least = ways[counting].least
-    if bits >= least * (1 - 1e-12):
+def _check_reachable(most: float, way: Way, ways: Mapping[str, Way]) -> None:
+    if most >= way.least * (1 - 1e-12):
         return
     others = [
-        f"--count {name}, by which the least is {way.least:.2f}"
-        for name, way in ways.items()
-        if name != counting and way.least <= bits
+        f"--count {name}, by which the least is {_said(other.least)}"
+        for name, other in ways.items()
+        if name != way.name and other.unit == way.unit and other.least <= most
     ]
     way_out = f", or count another way: {others[0]}" if others else ""
     raise InputError(
-        f"{bits:g} bits a weight cannot be reached with these formats: the least is {least:.2f}, "
-        f"counted as {counting} does; give as many, a smaller format{way_out}"
+        f"{_said(most)} {way.unit} cannot be reached with these formats: the least is "
+        f"{_said(way.least)}, "
+        f"counted as {way.name} does; give as many, a smaller format{way_out}"
     )

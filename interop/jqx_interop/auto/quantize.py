@@ -1,31 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """auto_quantize: scores, a choice, and the checkpoint that it gives."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from jqx.auto import NONE, Weighting, active_ratio
+from jqx.auto.keywords import COST_MODELS
+from jqx.errors import InputError, nearest
 from jqx.recipes import Recipe
 from jqx_interop.job import prepare
-from jqx_interop.pipeline import run
+from jqx_interop.pipeline import Inputs, run
 from jqx_interop.progress import Progress, Silent
 from jqx_interop.report import Report
 from jqx_interop.settings import Settings
 
-from .choosing import Chosen, chosen
-from .run import scored
+from .choosing import Chosen, Limit, chosen
+from .curve import write_curve
+from .run import Scored, Scoring, scored
+from .statistics import SeveralStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """What is asked for: `formats`, recipes that linears may take; at most `bits` a weight, counted
-    in the way `count`, a row of COUNTINGS. `scores`: the directory where statistics and scores are
-    kept, and taken from where they are of the same model, data and recipes.
+    """What is asked for: `formats`, recipes that linears may take, within `limit`; scored by
+    `method`, a row of METHODS. Linears that match one of the globs `disabled` stay as they are.
+    `scores`: the directory where statistics, scores and the curve are kept, and taken from where
+    they are of the same model, data and recipes.
+
+    Where bits are counted, the `cost_model` "active_moe" counts weights of routed experts
+    `expert_ratio` times (None: as config.json says), and linears that match `excluded` count
+    nothing.
     """
 
     formats: tuple[str | Recipe, ...]
     scores: str | Path
-    bits: float = 4.8
-    count: str = "modelopt"
+    limit: Limit = field(default_factory=lambda: Limit(most=4.8))
+    method: str = "gradient"
+    disabled: tuple[str, ...] = ()
+    cost_model: str = "weight"
+    expert_ratio: float | None = None
+    excluded: tuple[str, ...] = ()
 
 
 def auto_quantize(
@@ -37,13 +53,46 @@ def auto_quantize(
     progress: Progress | None = None,
 ) -> tuple[Chosen, Report]:
     """Quantize the checkpoint `model` to `out`, every linear by that one of the recipes asked for,
-    or none, with which the sum of scores is least within the bits asked for.
+    or none, with which the sum of scores is least within the limit asked for.
 
     Raises InputError for what cannot be scored, reached or written.
     """
     given, progress = settings or Settings(), progress or Silent()
-    found = scored(model, asked.formats, asked.scores, given, progress)
-    choice = chosen(found, asked.bits, asked.count)
-    stats = Path(asked.scores) / "stats"
-    given = replace(given, stats=stats if stats.is_dir() else None)
-    return choice, run(prepare(model, choice.recipe, given), out, progress)
+    scoring = Scoring(recipes=asked.formats, method=asked.method, disabled=asked.disabled)
+    found = scored(model, scoring, asked.scores, given, progress)
+    weighting = _weighting(asked, found.candidates[0].job.checkpoint.config)
+    choice = chosen(found, replace(asked.limit, weighting=weighting))
+    write_curve(choice, found.method, Path(asked.scores))
+    return choice, _export(model, out, choice, found, (given, progress))
+
+
+def _weighting(asked: Asked, config: Mapping[str, Any]) -> Weighting:
+    """How much weights count. Raises InputError for another cost model, and for a share of experts
+    that is not known, or not asked for.
+    """
+    if asked.cost_model not in COST_MODELS:
+        raise nearest(asked.cost_model, COST_MODELS, "cost model")
+    ratio = asked.expert_ratio
+    if asked.cost_model == "active_moe":
+        ratio = active_ratio(config) if ratio is None else ratio
+    elif ratio is not None:
+        raise InputError("a share of experts is given, and all weights count: --cost-model weight")
+    return Weighting(experts=1.0 if ratio is None else ratio, excluded=asked.excluded)
+
+
+def _export(
+    model: str | Path,
+    out: str | Path,
+    choice: Chosen,
+    scored: Scored,
+    given: tuple[Settings, Progress],
+) -> Report:
+    """Quantize as was chosen, with the statistics that every candidate was scored with."""
+    settings, progress = given
+    places = {c.name: c.job.settings.stats for c in scored.candidates}
+    picked = {p: places[name] for p, name in choice.choices.items() if name != NONE}
+    folders = {path: Path(place) for path, place in picked.items() if place is not None}
+    stats = next(iter(folders.values()), None)
+    job = prepare(model, choice.recipe, replace(settings, stats=stats))
+    saved = None if stats is None else SeveralStats(job, folders)
+    return run(job, out, progress, None if saved is None else Inputs(saved=saved))

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of one block: how much the loss would change if a linear took a candidate.
+"""The programs that score linears: of one block, and of what comes after the last.
 
-    score = sum of (dL/dY * D)^2        Y = x W^T the outputs of the linear, D = Q(x) Q(W)^T - Y
+    gradient   sum of (g * D)^2              g the gradient of the loss to the outputs of a linear,
+    fisher     (sum of g * D)^2 / 2          D = Q(x) Q(W)^T - x W^T
+    kl         sum of KL(p || p') a token    p' of the model with one group of linears as Q has it
 
-over all outputs, with the gradient of the loss of the batch they are in (the mean of the tokens'
-cross entropies), the rest of the model as it is. Q is what ModelOpt simulates, which differs from
-what it stores by a rounding: FP8 scores up to 15 % otherwise. Products are clipped to 1e10.
-(ModelOpt 0.47, auto_quantize with method "gradient".)
+The loss is the cross entropy of the next tokens: for "gradient" those of the text and the mean of a
+batch (ModelOpt 0.47, auto_quantize); for "fisher" tokens drawn from what the model predicts, and
+the sum of a sequence. Then E[(sum of g * D)^2] = D^T F D, with the Fisher matrix F of the outputs,
+which is twice the KL divergence that D causes, up to third order (Amari 1998, Natural gradient
+works efficiently in learning). Sums are over WINDOW tokens: the sum of a sequence has that
+expectation, and far too few draws; that of a token leaves out what errors of neighbours share.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,50 +22,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from jqx.algorithms import Linear
-from jqx.algorithms.simulate import simulate
-from jqx.config import INPUT_FORMATS
-from jqx.formats import Format, find_format
+from jqx.auto.simulated import Simulated, simulated
+from jqx.auto.taps import tapped
 from jqx.models import BlockKind, Compute, ModelSpec, block, head
-from jqx.transforms import Use, observe, probe, probes
 
 LIMIT = 1e10
+"""Products of a gradient and a change are cut off there, as ModelOpt has it."""
 
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["weight", "pre_quant_scale", "input_amax"],
-    meta_fields=["input_format"],
-)
-@dataclass(frozen=True)
-class Simulated:
-    """A linear as ModelOpt simulates it: its rounded weight, what inputs are multiplied by, the
-    largest magnitude that a scale of them reaches, and their format.
-    """
-
-    weight: Float[Array, "n k"]
-    pre_quant_scale: Float[Array, "k"] | None
-    input_amax: Float32[Array, ""] | None
-    input_format: str | None
-
-    @classmethod
-    def of(cls, linear: Linear, fmt: Format, input_format: str | None) -> "Simulated":
-        """That of a linear before its codes, in the format `fmt`."""
-        weight = simulate(linear.weight, fmt, linear.amax, linear.tensor_amax)
-        return cls(weight, linear.pre_quant_scale, linear.input_amax, input_format)
-
-    def inputs(self, x: Float[Array, "... k"]) -> Float[Array, "... k"]:
-        """`x`, in the dtype of the model, as the linear reads it."""
-        if self.pre_quant_scale is not None:
-            x = x * jnp.broadcast_to(self.pre_quant_scale, x.shape)
-        if self.input_format is None:
-            return x
-        row = INPUT_FORMATS[self.input_format]
-        fmt, flat = find_format(row.format), x.reshape(-1, x.shape[-1])
-        bound = self.input_amax if row.bound is not None else None
-        amax = (None, bound) if fmt.tensor_bound is not None else (bound, None)
-        return simulate(flat, fmt, *amax).reshape(x.shape)
-
+WINDOW = 16
+"""Tokens. On SmolLM2-135M scores then differ from the KL that was measured by a factor of 1.13
+(standard deviation of the logarithm 0.12 to 0.14 over 240 scores, from 8192 draws); those of
+"gradient", with the best common factor, by 1.21 (NVFP4) and 1.40 (FP8)."""
 
 Linears = Mapping[str, Mapping[str, Simulated]]
 """Candidate -> linear, by its name in the block -> what it would be."""
@@ -74,17 +45,46 @@ class Program:
     spec: ModelSpec
     kind: BlockKind
     compute: Compute
+    method: str = "gradient"
 
 
 @partial(jax.jit, static_argnames=("program",))
-def run_block(params: Any, h: Float[Array, "b t k"], *, program: Program) -> Float[Array, "b t k"]:
-    """The states after a block."""
-    return _block(program, params, h)
+def run_block(
+    params: Any,
+    h: Float[Array, "b t k"],
+    linears: Mapping[str, Simulated] | None = None,
+    *,
+    program: Program,
+) -> Float[Array, "b t k"]:
+    """The states after a block, some of whose linears are simulated."""
+    run = partial(_block, program)
+    if linears:
+        run = simulated(run, {f"{name}.weight": row for name, row in linears.items()})
+    return run(params, h)
 
 
 def _block(program: Program, params: Any, h: Array) -> Array:
     positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2])
     return block(program.spec, program.kind, params, h, positions, program.compute)
+
+
+def _squares(rows: int, g: Array, change: Array) -> Float32[Array, ""]:
+    product = g.astype(jnp.float32) * change.astype(jnp.float32)
+    return jnp.sum(jnp.square(jnp.clip(product, -LIMIT, LIMIT)))
+
+
+def _products(rows: int, g: Array, change: Array) -> Float32[Array, "rows windows"]:
+    product = g.astype(jnp.float32) * change.astype(jnp.float32)
+    tokens = jnp.sum(product.reshape(rows, -1, product.shape[-1]), axis=-1)
+    padded = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % WINDOW)))
+    return jnp.sum(padded.reshape(rows, -1, WINDOW), axis=-1)
+
+
+REDUCES: dict[str, Callable[[int, Array, Array], Array]] = {
+    "gradient": _squares,
+    "fisher": _products,
+}
+"""Method -> what a linear gives, of the gradients and changes of so many sequences."""
 
 
 @partial(jax.jit, static_argnames=("program",))
@@ -95,46 +95,22 @@ def block_scores(
     g: Float[Array, "b t k"],
     *,
     program: Program,
-) -> tuple[Float[Array, "b t k"], dict[str, dict[str, Float32[Array, ""]]]]:
-    """The gradient to the states before a block, `g` being that to the states after it, and the
-    scores by candidate and linear.
+) -> tuple[Float[Array, "b t k"], dict[str, dict[str, Float32[Array, "..."]]]]:
+    """The gradient to the states before a block, `g` being that to the states after it, and what
+    its linears give, by linear and candidate.
     """
-    run = partial(_block, program)
-    weights = {f"{path}.weight" for row in linears.values() for path in row}
-    added = probes(run, params, h, paths=weights)
-    _, back = jax.vjp(lambda added, h: probe(run)(params, added, h), added, h)
-    to_outputs, to_states = back(g.astype(h.dtype))
-
-    def inputs(use: Use, x: Array) -> Array | None:
-        return x if use.op == "dot" and use.path in weights else None
-
-    _, met = observe(run, inputs, merge=lambda a, b: a)(params, h)
-    found = {
-        name: {
-            path: _score(linear, _leaf(params, path), met[f"{path}.weight"], gradient)
-            for path, linear in row.items()
-            for gradient in to_outputs[f"{path}.weight"]
-        }
-        for name, row in linears.items()
+    rows, paths = h.shape[0], dict.fromkeys(path for row in linears.values() for path in row)
+    reduce = partial(REDUCES[program.method], rows)
+    mine = {p: {name: row[p] for name, row in linears.items() if p in row} for p in paths}
+    outputs = {f"{p}.weight": [row.outputs for row in found.values()] for p, found in mine.items()}
+    run = tapped(partial(_block, program), outputs, reduce)
+    zero = jax.eval_shape(reduce, h, h)
+    taps = {p: [jnp.zeros(zero.shape, zero.dtype) for _ in row] for p, row in outputs.items()}
+    _, back = jax.vjp(lambda taps, h: run(params, taps, h), taps, h)
+    found, to_states = back(g.astype(h.dtype))
+    return to_states, {
+        p: dict(zip(row, found[f"{p}.weight"], strict=True)) for p, row in mine.items()
     }
-    return to_states, found
-
-
-def _leaf(params: Any, path: str) -> Array:
-    for part in path.split("."):
-        params = params[part]
-    return params["weight"]
-
-
-def _score(linear: Simulated, w: Array, x: Array, gradient: Array) -> Float32[Array, ""]:
-    def outputs(x: Array, w: Array) -> Float32[Array, "... n"]:
-        wide = x.astype(jnp.float32), w.astype(jnp.float32)
-        return jnp.einsum("...k,nk->...n", *wide, precision=jax.lax.Precision.HIGHEST)
-
-    rounded = linear.inputs(x.astype(linear.weight.dtype))
-    change = outputs(rounded, linear.weight) - outputs(x, w)
-    product = jnp.clip(gradient.reshape(change.shape).astype(jnp.float32) * change, -LIMIT, LIMIT)
-    return jnp.sum(jnp.square(product))
 
 
 @partial(jax.jit, static_argnames=("program",))
@@ -157,3 +133,37 @@ def head_gradient(
 
     value, gradient = jax.value_and_grad(loss)(h)
     return gradient, value
+
+
+@partial(jax.jit, static_argnames=("program",))
+def head_draw(
+    params: Any, h: Float[Array, "c k"], key: Array, *, program: Program
+) -> Int[Array, "c"]:
+    """For each state after the last block a token drawn from what it predicts."""
+    logits = head(program.spec, params, h[None], program.compute)[0]
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("program",))
+def head_divergence(
+    params: Any,
+    h: Float[Array, "c k"],
+    changed: Float[Array, "s c k"],
+    share: Float32[Array, "c"],
+    *,
+    program: Program,
+) -> Float32[Array, "s"]:
+    """The sum of KL(p || p') over tokens, each times its `share`: p is predicted by the states `h`
+    after the last block, p' by each of `changed`.
+    """
+
+    def log_p(h: Array) -> Array:
+        return jax.nn.log_softmax(head(program.spec, params, h[None], program.compute)[0])
+
+    log_mine = log_p(h)
+
+    def divergence(other: Array) -> Array:
+        each = jnp.sum(jnp.exp(log_mine) * (log_mine - log_p(other)), axis=-1)
+        return jnp.sum(jnp.where(share > 0, each, 0) * share)
+
+    return jax.lax.map(divergence, changed)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The states between all blocks, in one memory-mapped file: forward they are written, backward they
-are read, one block at a time.
+"""States on disk: what goes forward and back through the blocks, far more than memory holds.
+
+They are read and written, not mapped: pages of a mapping count as memory of the process.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +22,30 @@ class States:
         """`shape`: turns, count, rows, tokens, width."""
         size = int(np.prod(shape)) * dtype.itemsize
         if not path.exists() or path.stat().st_size != size:
-            with open(path, "wb") as file:  # a mapping that meets a full disk kills the process
+            with open(path, "wb") as file:
                 allocate(file.fileno(), size)
-        self._path, self._shape, self._dtype = path, shape, dtype
+        self._path, self._dtype = path, dtype
+        self._count, self._shape = shape[1], shape[2:]
+        self._size = int(np.prod(self._shape)) * dtype.itemsize
 
     def get(self, turn: int, i: int) -> Float[np.ndarray, "rows tokens width"]:
-        """Array `i` of one turn, a copy."""
-        return np.array(self._open("r")[turn, i])
+        """Array `i` of one turn."""
+        found = np.empty(self._shape, self._dtype)
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek((turn * self._count + i) * self._size)
+            if file.readinto(found.reshape(-1).view(np.uint8)) != self._size:
+                raise OSError(f"{self._path} ends too early")
+        return found
 
     def put(self, turn: int, i: int, states: Float[np.ndarray, "rows tokens width"]) -> None:
         """Replace array `i` of one turn."""
-        self._open("r+")[turn, i] = states
+        data = np.ascontiguousarray(states, self._dtype).reshape(-1).view(np.uint8)
+        with open(self._path, "r+b", buffering=0) as file:
+            file.seek((turn * self._count + i) * self._size)
+            if file.write(data) != self._size:
+                raise OSError(f"{self._path}: the disk took only a part")
 
     def flush(self) -> None:
         """Make sure that what was put is on disk."""
-        self._open("r+").flush()
-
-    def _open(self, mode: str) -> np.memmap:
-        return np.memmap(self._path, self._dtype, mode, shape=self._shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        with open(self._path, "r+b") as file:
+            os.fsync(file.fileno())

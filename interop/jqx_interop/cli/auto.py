@@ -2,7 +2,7 @@
 """`jqx auto`: mixed precision under a budget."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,17 +11,28 @@ from jqx.errors import InputError
 from .console import MODEL, Bars, err, out, print_json, print_table, size
 from .engines import look_at, tell_engines, verdicts_json
 from .export import complete_targets
-from .options import AsJson, BatchSize, Calib, CalibSeq, CalibSize, ComputeIn, Restart
+from .options import AsJson, BatchSize, Calib, CalibSeq, CalibSize, ComputeIn, Restart, pairs
 from .quantize import complete_formats, complete_kv
 
-CHOICE = "The choice"
+if TYPE_CHECKING:
+    from jqx_interop.auto import Chosen, Limit
+
+CHOICE, BUDGET = "The choice", "The budget"
+DEFAULT_BITS = 4.8
 
 
 def complete_counts(incomplete: str) -> list[str]:
     """The names `--count` takes that begin like `incomplete`."""
-    from jqx_interop.auto import COUNTINGS
+    from jqx_interop.auto import BIT_COUNTS
 
-    return [name for name in COUNTINGS if name.startswith(incomplete)]
+    return [name for name in BIT_COUNTS if name.startswith(incomplete)]
+
+
+def complete_methods(incomplete: str) -> list[str]:
+    """The names `--method` takes that begin like `incomplete`."""
+    from jqx_interop.auto import METHODS
+
+    return [name for name in METHODS if name.startswith(incomplete)]
 
 
 def auto(  # noqa: PLR0913  a command's options are its parameters
@@ -31,8 +42,69 @@ def auto(  # noqa: PLR0913  a command's options are its parameters
         typer.Argument(metavar="OUT", help="A new directory. It appears when it is complete."),
     ],
     bits: Annotated[
-        float, typer.Option(help="Bits a weight, at most.", rich_help_panel=CHOICE)
-    ] = 4.8,
+        float | None,
+        typer.Option(
+            "--bits",
+            "--auto-quantize-bits",
+            "--auto_quantize_bits",
+            help=f"Bits a weight, at most (default: {DEFAULT_BITS}).",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    count: Annotated[
+        str,
+        typer.Option(
+            help="How bits are counted: as ModelOpt does, heads and what is left out at 16; or of "
+            "quantizable linears alone, with scales.",
+            autocompletion=complete_counts,
+            rich_help_panel=BUDGET,
+        ),
+    ] = "modelopt",
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help='Memory that all weights may take, such as "90MiB", instead of bits.',
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    max_latency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MICROSECONDS",
+            help="Time that all linears may take, by --latency-table, instead of bits.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='JSON, {"rows": [{"format": "fp8", "n": 576, "k": 1536, "microseconds": 9.5}, '
+            '...]}; the format "none" is what stays as it is.',
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    cost_model: Annotated[
+        str,
+        typer.Option(
+            help="weight: all weights count; active_moe: those of routed experts by the share "
+            "that a token meets.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = "weight",
+    expert_ratio: Annotated[
+        float | None,
+        typer.Option(help="That share (default: config.json's).", rich_help_panel=BUDGET),
+    ] = None,
+    exclude_cost: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Linears whose weights do not count as bits; may be given again.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
     formats: Annotated[
         str,
         typer.Option(
@@ -42,21 +114,36 @@ def auto(  # noqa: PLR0913  a command's options are its parameters
             rich_help_panel=CHOICE,
         ),
     ] = "nvfp4,fp8",
-    count: Annotated[
+    method: Annotated[
         str,
         typer.Option(
-            help="How bits are counted: as ModelOpt does, heads and what is left out at 16; or of "
-            "quantizable linears alone, with scales.",
-            autocompletion=complete_counts,
+            help="What scores: gradient and kl as ModelOpt; fisher, which expects the KL "
+            "divergence at the price of gradients.",
+            autocompletion=complete_methods,
             rich_help_panel=CHOICE,
         ),
-    ] = "modelopt",
+    ] = "gradient",
+    disable: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Linears that stay as they are; may be given again.",
+            rich_help_panel=CHOICE,
+        ),
+    ] = None,
     scores: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where statistics and scores are kept, and taken from (default: OUT-scores).",
+            help="Where statistics, scores and the curve are kept, and taken from (default: "
+            "OUT-scores).",
             rich_help_panel=CHOICE,
+        ),
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change the recipes.", rich_help_panel=CHOICE
         ),
     ] = None,
     kv_cache: Annotated[
@@ -73,12 +160,12 @@ def auto(  # noqa: PLR0913  a command's options are its parameters
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
-    """Give every linear of MODEL the format that it loses least with, within so many bits.
+    """Give every linear of MODEL the format that it loses least with, within a budget.
 
     Gradients of the loss say what a linear's rounding costs; the best choice of all is found
-    exactly. Statistics and scores are kept, so that another --bits takes seconds.
+    exactly. Statistics and scores are kept, so that another budget takes seconds.
     """
-    from jqx_interop.auto import Asked, auto_quantize
+    from jqx_interop.auto import Asked, auto_quantize, limit_of
     from jqx_interop.settings import Settings
 
     names = [name.strip() for name in formats.split(",") if name.strip()]
@@ -93,10 +180,22 @@ def auto(  # noqa: PLR0913  a command's options are its parameters
         compute=compute,
         target=target,
         restart=restart,
+        options=pairs(options),
     )
-    kept = scores or destination.with_name(destination.name + "-scores")
+    limit = limit_of(
+        {"bits": bits, "bytes": max_bytes, "latency": max_latency}, count, latency_table
+    )
+    asked = Asked(
+        formats=tuple(names),
+        limit=limit,
+        method=method,
+        disabled=tuple(disable or ()),
+        cost_model=cost_model,
+        expert_ratio=expert_ratio,
+        excluded=tuple(exclude_cost or ()),
+        scores=scores or destination.with_name(destination.name + "-scores"),
+    )
     with Bars() as bars:
-        asked = Asked(formats=tuple(names), bits=bits, count=count, scores=kept)
         chosen, report = auto_quantize(model, destination, asked, settings, progress=bars)
         verdicts = look_at(destination, bars)
     if as_json:
@@ -104,9 +203,17 @@ def auto(  # noqa: PLR0913  a command's options are its parameters
             report.to_json() | {"auto": chosen.to_json(), "engines": verdicts_json(verdicts)}
         )
         return
-    rows = [(name, str(n)) for name, n in chosen.counts.items()]
-    print_table(f"{bits:g} bits a weight", ("format", "linears"), rows)
-    told = ", ".join(f"{value:.2f} as {name} counts" for name, value in chosen.bits.items())
-    out.print(f"{destination}: {told}; {size(report.output_bytes)}", markup=False)
-    err.print(f"statistics and scores: {kept}", markup=False)
+    _tell(chosen, limit, f"{destination}: {size(report.output_bytes)}")
+    err.print(f"statistics, scores and curve: {asked.scores}", markup=False)
     tell_engines(verdicts)
+
+
+def _tell(chosen: "Chosen", limit: "Limit", written: str) -> None:
+    rows = [(name, str(n)) for name, n in chosen.counts.items()]
+    print_table(f"{limit.most:,g} {chosen.unit}", ("format", "linears"), rows)
+    costs: dict[str, Any] = dict(chosen.costs)
+    told = [f"weights {size(int(costs.pop('bytes')))}"]
+    if "latency" in costs:
+        told.append(f"linears {costs.pop('latency'):.6g} microseconds")
+    told += [f"{value:.2f} bits as {name} counts" for name, value in costs.items()]
+    out.print(f"{written}; {'; '.join(told)}", markup=False)

@@ -17,6 +17,7 @@ from .options import (
     ComputeIn,
     MaxMemory,
     Restart,
+    pairs,
 )
 from .quantize import complete_formats, complete_kv
 
@@ -69,8 +70,6 @@ def calibrate(  # noqa: PLR0913  a command's options are its parameters
     from jqx_interop.recipe_files import read_recipe
     from jqx_interop.settings import Settings
 
-    from .quantize import _pair
-
     settings = Settings(
         kv_cache=kv_cache,
         calib=calib,
@@ -80,7 +79,7 @@ def calibrate(  # noqa: PLR0913  a command's options are its parameters
         batch_size=batch_size,
         max_memory=max_memory,
         compute=compute,
-        options=tuple(_pair(text) for text in set_ or ()),
+        options=pairs(set_),
         restart=restart,
     )
     recipes = (*(qformat or ()), *(read_recipe(file) for file in recipe or ()))

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options that several commands have, each said once."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+
+from jqx.errors import InputError
 
 from .console import COMPUTE, complete_compute
 
@@ -33,3 +36,16 @@ Restart = Annotated[
     bool, typer.Option("--restart", help="Throw an unfinished run away.", rich_help_panel=HOW)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def pairs(texts: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+    """What `--set key=value` was given, in order. Raises InputError for one without a value."""
+    found = []
+    for text in texts or ():
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise InputError(
+                f"--set {text!r} has no value; write --set key=value, such as --set block=64"
+            )
+        found.append((key.strip(), value.strip()))
+    return tuple(found)

@@ -31,6 +31,7 @@ from .options import (
     ComputeIn,
     MaxMemory,
     Restart,
+    pairs,
 )
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         compute=compute,
         algorithm=algorithm,
         target=target,
-        options=tuple(_pair(text) for text in set_ or ()),
+        options=pairs(set_),
         restart=restart,
         report=report,
         low_memory=low_memory,
@@ -198,15 +199,6 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         done = run(job, destination, bars, inputs)
         verdicts = look_at(destination, bars)
     _show_report(done, verdicts, as_json)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, sign, value = text.partition("=")
-    if not sign:
-        raise InputError(
-            f"--set {text!r} has no value; write --set key=value, such as --set block=64"
-        )
-    return key.strip(), value.strip()
 
 
 def _forecast(plan: "Plan") -> str:

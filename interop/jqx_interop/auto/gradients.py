@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores from gradients: from the gradient to the last states back through the blocks, one at a
+time, all candidates of a block at once.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqx.errors import InputError
+from jqx_interop.checkpoints import Workspace
+from jqx_interop.progress import Progress
+
+from .passes import Passes, Task
+from .scoring import block_scores, head_draw, head_gradient
+
+Scores = dict[str, dict[str, float]]
+"""Group, by its first member -> candidate -> score."""
+
+SEED = 20_000
+"""Of the tokens that "fisher" draws: the same for all models and data."""
+ENOUGH, MOST_DRAWS = 8192, 8
+"""Tokens that "fisher" draws where there are fewer, and how often it draws at most for each."""
+
+
+def gradient_scores(
+    task: Task, space: Workspace, records: list[dict[str, Any]], progress: Progress
+) -> tuple[Scores, dict[str, float]]:
+    """The scores of a method that goes backward, and the loss; what `records` of a run before it
+    have is not computed again.
+
+    Raises InputError for a loss that is not finite.
+    """
+    passes = _Backward(task)
+    done = {r["block"]: r["scores"] for r in records if "block" in r}
+    loss = next((r["loss"] for r in records if "loss" in r), None)
+    progress.phase("forward", 0 if loss is not None else passes.blocks * passes.count)
+    if loss is None:
+        passes.forward(progress)
+        loss = passes.heads()
+        space.record({"loss": loss})
+    progress.phase("scoring", (passes.blocks - len(done)) * passes.count * passes.draws)
+    for i in reversed(range(passes.blocks)):
+        if i not in done:
+            done[i] = passes.backward(i, progress)
+            space.record({"block": i, "scores": done[i]})
+    return {group: row for scores in done.values() for group, row in scores.items()}, {"loss": loss}
+
+
+class _Backward(Passes):
+    """The gradients on their way back: of one loss, or of so many draws of one."""
+
+    def __init__(self, task: Task):
+        super().__init__(task)
+        few = min(-(-ENOUGH // self.ids.size), MOST_DRAWS)
+        self.draws = few if task.method == "fisher" else 1
+        self._gradients = self.file("hidden-gradients.bin", 2, self.draws, np.float32)
+        means = (np.full(len(b), 1 / (b.size - len(b) or 1), np.float32) for b in task.data.batches)
+        self._means = np.concatenate([*means])
+
+    def heads(self) -> float:
+        """Put the gradients to the last states; returns the mean loss of a token of the text."""
+        params, last, total = self.head_params(), self.blocks, 0.0
+        for n in range(self.count):
+            h = self.states.get(last, n)
+            flat, (targets, share) = h.reshape(-1, h.shape[-1]), self._targets(n)
+            for draw in range(self.draws):
+                found = np.zeros(flat.shape, np.float32)
+                for at, real, weights in self.chunks(share):
+                    where = (draw * self.count + n, int(at[0]))
+                    g, loss = self._head(params, flat[at], targets[at], weights, where)
+                    found[at[:real]] = g[:real]
+                    total += loss / self.draws
+                self._gradients.put(last % 2, where[0], found.reshape(h.shape))
+        self._gradients.flush()
+        loss = total / float(np.sum(self._means)) / max(self.ids.shape[1] - 1, 1)
+        if not np.isfinite(loss):
+            raise InputError(
+                f"{self.job.checkpoint.path}: the loss on these data is {loss}, and has no "
+                "gradient; check the weights, or compute in another precision (--compute)"
+            )
+        return loss
+
+    def _head(
+        self,
+        params: Any,
+        h: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray,
+        where: tuple[int, int],
+    ) -> tuple[np.ndarray, float]:
+        """The gradient to states after the last block, and the loss of the text at them."""
+        program, states = self.program(self.blocks - 1), jnp.asarray(h)
+        share = jnp.asarray(weights)
+        g, loss = head_gradient(params, states, jnp.asarray(targets), share, program=program)
+        if self.task.method == "fisher":
+            key = jax.random.fold_in(jax.random.key(SEED + where[0]), where[1])
+            drawn = head_draw(params, states, key, program=program)
+            one = (share > 0).astype(jnp.float32)
+            g, _ = head_gradient(params, states, drawn, one, program=program)
+        return np.asarray(g, np.float32), float(loss)
+
+    def _targets(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next token of every place of call `n`, and its share of the loss; 0 where there is
+        none.
+        """
+        rows = self.picked(n)
+        ids = self.ids[rows]
+        share = np.repeat((self._means[rows] * self.real(n))[:, None], ids.shape[1], axis=1)
+        share[:, -1] = 0
+        return np.roll(ids, -1, axis=1).reshape(-1).astype(np.int32), share.reshape(-1)
+
+    def backward(self, i: int, progress: Progress) -> Scores:
+        """The scores of the groups of block `i`; puts the gradients to the states before it."""
+        params, program = self.params(i), self.program(i)
+        linears = {c.name: self.linears(c, i) for c in self.task.candidates}
+        combine, groups = COMBINE[self.task.method], self.groups_of(i)
+        sums: Scores = {group: dict.fromkeys(linears, 0.0) for group in groups}
+        for n in range(self.count * self.draws):
+            h, g = self.states.get(i, n % self.count), self._gradients.get((i + 1) % 2, n)
+            to_states, found = block_scores(
+                params, linears, jnp.asarray(h), jnp.asarray(g), program=program
+            )
+            self._gradients.put(i % 2, n, np.asarray(to_states, np.float32))
+            given = jax.device_get(found)
+            for group, members in groups.items():
+                for name in linears:
+                    together = combine([given[m][name] for m in members])
+                    sums[group][name] += together / self.draws
+            progress.advance(1)
+        self._gradients.flush()
+        return sums
+
+
+def _sum(members: list[Any]) -> float:
+    return float(np.sum(members))
+
+
+def _square_of_sum(members: list[Any]) -> float:
+    """Half of it, so that a score is a divergence."""
+    together = np.sum(np.stack(members).astype(np.float64), axis=0)
+    return float(np.sum(np.square(together)) / 2)
+
+
+COMBINE: Mapping[str, Callable[[list[Any]], float]] = {"gradient": _sum, "fisher": _square_of_sum}
+"""Method -> the score of a group, from what its members give in one call."""

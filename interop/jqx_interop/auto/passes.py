@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data on their way forward through the blocks, and what linears of a block would be."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jqx.auto.simulated import Simulated
+from jqx.formats import find_format
+from jqx.models import Compute, ModelSpec, block_prefix, embed, kinds
+from jqx.tensors.paths import unflatten
+from jqx_interop.chain import rows_per_call
+from jqx_interop.data import CalibrationSet
+from jqx_interop.device import compute_of
+from jqx_interop.evaluation.passes import chunk_of
+from jqx_interop.job import Job
+from jqx_interop.progress import Progress
+from jqx_interop.runner import load_block, read_leaf
+from jqx_interop.saved_stats import SavedStats
+from jqx_interop.searched import Search
+from jqx_interop.weights import linear_groups, read_tensor
+
+from .candidates import Candidate
+from .scoring import Program, run_block
+from .states import States
+
+Groups = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is scored: the linears of `groups` of the model of `job`, as every one of `candidates`
+    would have them, on `data`; files of states lie in `folder`.
+    """
+
+    job: Job
+    candidates: Sequence[Candidate]
+    groups: Groups
+    data: CalibrationSet
+    folder: Path
+    method: str
+
+
+class Passes:
+    """The states before every block, written by `forward`, and what is needed to go on from them.
+
+    A call takes `rows` sequences; the last is filled up by repeating one.
+    """
+
+    def __init__(self, task: Task):
+        """Nothing is read yet."""
+        job = task.job
+        assert job.spec is not None
+        self.task, self.job = task, job
+        self.spec: ModelSpec = job.spec
+        self.blocks = len(kinds(self.spec))
+        self.compute: Compute = compute_of(job.settings.compute, job.dtype)
+        self.ids = np.concatenate(task.data.batches)
+        n, tokens = self.ids.shape
+        self.rows = rows_per_call(n, tokens, job.settings.batch_size)
+        self.count = -(-n // self.rows)
+        self.shape = (self.count, self.rows, tokens, self.spec.hidden)
+        self.states = self.file("hidden-states.bin", self.blocks + 1)
+        self._saved = {
+            c.name: SavedStats(c.job, c.job.settings.stats)
+            for c in task.candidates
+            if c.job.settings.stats is not None
+        }
+        self._grouped = {path for group in task.groups for path in group}
+
+    def file(self, name: str, turns: int, copies: int = 1, dtype: Any = None) -> States:
+        """A file of `turns` times so many copies of the states of all data."""
+        wanted = np.dtype(self.compute.carrier) if dtype is None else np.dtype(dtype)
+        shape = (turns, copies * self.shape[0], *self.shape[1:])
+        return States(self.task.folder / name, shape, wanted)
+
+    def program(self, i: int) -> Program:
+        """That of block `i`."""
+        return Program(self.spec, kinds(self.spec)[i], self.compute, self.task.method)
+
+    def params(self, i: int) -> dict[str, Any]:
+        """The parameters of block `i`."""
+        return load_block(self.job, i, self.compute)
+
+    def forward(self, progress: Progress) -> None:
+        """Run the model and keep the states before every block, and those after the last."""
+        name = f"{self.spec.names.embed}.weight"
+        table = read_tensor(self.job, name)
+        for n in range(self.count):
+            used, inverse = np.unique(self.ids[self.picked(n)], return_inverse=True)
+            rows = jnp.asarray(inverse.reshape(self.rows, -1).astype(np.int32))
+            mine = unflatten({name: jnp.asarray(table[used])})
+            self.states.put(0, n, np.asarray(embed(self.spec, mine, rows, self.compute)))
+        self.job.checkpoint.release(name)
+        for i in range(self.blocks):
+            params, program = self.params(i), self.program(i)
+            for n in range(self.count):
+                h = run_block(params, jnp.asarray(self.states.get(i, n)), program=program)
+                self.states.put(i + 1, n, np.asarray(h))
+                progress.advance(1)
+        self.states.flush()
+
+    def picked(self, n: int) -> Int[np.ndarray, " rows"]:
+        """The sequences of call `n`; what is beyond the last is the last."""
+        at = np.arange(n * self.rows, (n + 1) * self.rows)
+        return np.minimum(at, len(self.ids) - 1)
+
+    def real(self, n: int) -> Bool[np.ndarray, " rows"]:
+        """Which sequences of call `n` are no repetition."""
+        return np.arange(n * self.rows, (n + 1) * self.rows) < len(self.ids)
+
+    def head_params(self) -> dict[str, Any]:
+        """What the head needs."""
+        spec = self.spec
+        names = (spec.names.final_norm, spec.names.embed if spec.tied else spec.names.head)
+        leaves = {f"{name}.weight": f"{name}.weight" for name in names}
+        return unflatten({n: read_leaf(self.job, leaf, self.compute) for n, leaf in leaves.items()})
+
+    def chunks(
+        self, share: Float[np.ndarray, " tokens"]
+    ) -> Iterator[tuple[Int[np.ndarray, " c"], int, Float[np.ndarray, " c"]]]:
+        """The tokens of one call, a few hundred at a time: which they are, how many of them are no
+        repetition, and the share of each in a sum.
+        """
+        chunk = chunk_of(self.spec.vocab)
+        for start in range(0, len(share), chunk):
+            real = min(chunk, len(share) - start)
+            at = np.resize(np.arange(start, start + real), chunk)
+            yield at, real, np.where(np.arange(chunk) < real, share[at], 0).astype(np.float32)
+
+    def linears(self, candidate: Candidate, i: int) -> dict[str, Simulated]:
+        """The linears of block `i` as a candidate would have them, each by itself, by their names
+        in the block.
+        """
+        job, prefix = candidate.job, block_prefix(self.spec, i) + "."
+        unit = job.inventory.blocks[i]
+        saved = self._saved.get(candidate.name)
+        inputs = {} if saved is None else saved.of_unit(unit)[0].inputs
+        groups = linear_groups(job, job.inventory.units[unit])
+        mine = [tuple(p for p in group if p in self._grouped) for group in groups]
+        found = {}
+        for path, linear in Search(job, [group for group in mine if group], inputs).alone():
+            choice = job.choices[path]
+            fmt, name = find_format(choice.weight or ""), path.removeprefix(prefix)
+            weight = jnp.asarray(read_tensor(job, f"{path}.weight"))
+            found[name] = Simulated.of(linear, fmt, choice.input, weight)
+        return jax.block_until_ready(found)
+
+    def groups_of(self, i: int) -> dict[str, tuple[str, ...]]:
+        """The groups of block `i`, by their names, with their members as the block calls them."""
+        prefix = block_prefix(self.spec, i) + "."
+        return {
+            group[0]: tuple(path.removeprefix(prefix) for path in group)
+            for group in self.task.groups
+            if group[0].startswith(prefix)
+        }

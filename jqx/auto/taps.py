@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tapped: the function with a tap at the result of every product that might become another one.
+
+    y = x W          D = y' - y, with y' the result that a candidate would give
+    backward: the gradient g to y passes on as it is, and reduce(g, D) goes to the tap
+
+A tap adds nothing to the function; the derivative with respect to it is what is asked of gradients
+and changes together. So one backward pass scores every candidate of every linear, inside scans and
+nested functions too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+from jaxtyping import Array
+
+from jqx.errors import InputError
+from jqx.transforms.interpret import PRODUCTS, Acts, Met, Walk, interpret
+from jqx.transforms.primitives import PRIMITIVES
+
+Reduce = Callable[[Array, Array], Array]
+"""A gradient to a result, and a change of it -> an array in the shape of the tap."""
+
+Outputs = Callable[[Met], Array]
+"""A product as it is met -> what its result would be."""
+
+Taps = Mapping[str, Sequence[Array]]
+"""Path of a parameter -> zeros, an array for every candidate."""
+
+
+def tapped(
+    f: Callable[..., Any], outputs: Mapping[str, Sequence[Outputs]], reduce: Reduce
+) -> Callable[..., Any]:
+    """The function `(params, taps, *args) -> f(params, *args)` whose derivative with respect to
+    `taps[path][i]` is the sum of `reduce(g, D)` over all uses of the parameter at `path` in
+    products, D being what `outputs[path][i]` changes of the result.
+
+    Raises InputError for a path that is in no product.
+    """
+
+    def change(met: Met, walk: Walk) -> Array | None:
+        taps = walk.beside.get(met.use.path)
+        if met.use.op not in PRODUCTS or taps is None:
+            return None
+        y = met.apply(met.x, met.w)
+        changes = [lax.stop_gradient(out(met) - y) for out in outputs[met.use.path]]
+        return _tap(reduce, y, changes, list(taps))
+
+    def run(params: Any, taps: Taps, *args: Any) -> Any:
+        walk = Walk(PRIMITIVES, Acts(change=change), beside=taps)
+        out, _ = interpret(f, walk, params, args)
+        met = {use.path for use in walk.record.uses if use.op in PRODUCTS}
+        if left := [path for path in taps if path not in met]:
+            raise InputError(f"{', '.join(left)}: in no product that can be followed")
+        return out
+
+    return run
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tap(reduce: Reduce, y: Array, changes: list[Array], taps: list[Array]) -> Array:
+    return y
+
+
+def _forward(
+    reduce: Reduce, y: Array, changes: list[Array], taps: list[Array]
+) -> tuple[Array, list[Array]]:
+    return y, changes
+
+
+def _backward(reduce: Reduce, changes: list[Array], g: Array) -> tuple[Any, ...]:
+    nothing = [jax.numpy.zeros_like(d) for d in changes]
+    return g, nothing, [reduce(g, d) for d in changes]
+
+
+_tap.defvjp(_forward, _backward)

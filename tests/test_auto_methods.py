@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods "kl" and "fisher" against their definitions on the whole model, and what ModelOpt
+scored.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import exports
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from damage import arrays
+
+import jqx_interop as ji
+from jqx.algorithms.simulate import simulate
+from jqx.formats import find_format
+from jqx.models import forward, head
+from jqx.transforms import observe, probe, probes
+from jqx_interop.auto import (
+    Asked,
+    Limit,
+    Scoring,
+    auto_quantize,
+    divergences,
+    gradients,
+    scored,
+    scoring,
+)
+from jqx_interop.progress import Silent
+from jqx_interop.settings import Settings
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "golden"
+FORMATS = ("nvfp4", "fp8")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint in float32, and beside it ids.npy, [2 batches, 2, 16]."""
+    root = tmp_path_factory.mktemp("methods")
+    base = exports.write_base(root / "llama", "llama_f32")
+    np.save(root / "ids.npy", exports.token_ids("llama"))
+    return base
+
+
+def settings(model, **more):
+    return Settings(calib=model.with_name("ids.npy"), **more)
+
+
+@partial(jax.jit, static_argnames=("kind",))
+def change_of(x, w, most, *, kind):
+    """What becomes different in outputs as ModelOpt simulates them."""
+    fmt = find_format(kind)
+    bounds = (most, None) if kind == "fp8" else (None, most)
+    return simulate(x, fmt, *bounds) @ simulate(w, fmt).T - x @ w.T
+
+
+class Whole:
+    """The model in one piece: logits, inputs of linears, and what they change."""
+
+    def __init__(self, model, ids, groups):
+        self.loaded, self.ids, self.tensors = ji.load(model), ids, arrays(model)
+        self.names = [f"{path}.weight" for group in groups for path in group]
+        keep = lambda use, x: x if use.op == "dot" and use.path in self.names else None  # noqa: E731
+        met = jax.jit(observe(self.logits, keep, merge=lambda a, b: a))
+        self.log_p = jax.jit(lambda *args: jax.nn.log_softmax(probe(self.logits)(*args)))
+        self.inputs = [met(self.loaded.params, batch)[1] for batch in ids]
+
+    def logits(self, params, ids):
+        return forward(self.loaded.spec, params, ids)
+
+    def added(self, number):
+        return probes(self.logits, self.loaded.params, self.ids[number], paths=self.names)
+
+    def change(self, number, path, kind):
+        """What becomes different in the outputs of one linear, as its probe lies."""
+        name = f"{path}.weight"
+        w = jnp.asarray(self.tensors[name])
+        most = jnp.float32(max(float(jnp.max(jnp.abs(part[name]))) for part in self.inputs))
+        x = self.inputs[number][name].reshape(-1, w.shape[1])
+        return change_of(x, w, most, kind=kind)
+
+    def probed(self, number, changes):
+        added = dict(self.added(number))
+        for path, change in changes.items():
+            name = f"{path}.weight"
+            added[name] = (change.reshape(added[name][0].shape),)
+        return self.log_p(self.loaded.params, added, self.ids[number])
+
+
+@pytest.mark.parametrize("wave", [divergences.WAVE_BYTES, 1], ids=["one wave", "waves"])
+def test_divergences_follow_the_definition(model, tmp_path, monkeypatch, wave):
+    monkeypatch.setattr(divergences, "WAVE_BYTES", wave)
+    found = scored(
+        model, Scoring(recipes=FORMATS, method="kl"), tmp_path, settings(model), Silent()
+    )
+    ids = jnp.asarray(exports.token_ids("llama"), jnp.int32)
+    whole = Whole(model, ids, found.groups)
+    for group in found.groups:
+        for kind in FORMATS:
+            wanted = 0.0
+            for number in range(len(ids)):
+                mine = whole.probed(number, {})
+                changes = {path: whole.change(number, path, kind) for path in group}
+                other = whole.probed(number, changes)
+                wanted += float(jnp.sum(jnp.exp(mine) * (mine - other)))
+            assert found.scores[group[0]][kind] == pytest.approx(wanted, rel=0.02), group
+    assert found.loss is None
+
+
+def test_fisher_follows_the_definition(model, tmp_path, monkeypatch):
+    """With the likeliest tokens in the place of those that are drawn."""
+
+    def likeliest(params, h, key, *, program):
+        logits = head(program.spec, params, h[None], program.compute)[0]
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    monkeypatch.setattr(gradients, "head_draw", likeliest)
+    monkeypatch.setattr(scoring, "WINDOW", 4)
+    assert gradients.MOST_DRAWS > 1, "and the mean of several draws is taken"
+    how = Scoring(recipes=FORMATS, method="fisher")
+    found = scored(model, how, tmp_path, settings(model), Silent())
+    ids = jnp.asarray(exports.token_ids("llama"), jnp.int32)
+    whole = Whole(model, ids, found.groups)
+
+    @jax.jit
+    @jax.grad
+    def gradient(added, ids, row):
+        log_p = jax.nn.log_softmax(probe(whole.logits)(whole.loaded.params, added, ids))[row]
+        return -jnp.sum(jnp.max(log_p, axis=-1)[:-1])
+
+    wanted = {group[0]: dict.fromkeys(FORMATS, 0.0) for group in found.groups}
+    for number in range(len(ids)):
+        added = whole.added(number)
+        for row in range(ids.shape[1]):
+            g = gradient(added, whole.ids[number], row)
+            for group in found.groups:
+                for kind in FORMATS:
+                    tokens = sum(
+                        jnp.sum(g[f"{p}.weight"][0].reshape(change.shape) * change, axis=-1)
+                        for p in group
+                        for change in [whole.change(number, p, kind)]
+                    ).reshape(ids.shape[1:])
+                    windows = [tokens[:, i : i + 4].sum(1) for i in range(0, ids.shape[2], 4)]
+                    wanted[group[0]][kind] += float(sum((w**2).sum() for w in windows)) / 2
+    for group in found.groups:
+        for kind in FORMATS:
+            assert found.scores[group[0]][kind] == pytest.approx(
+                wanted[group[0]][kind], rel=0.05
+            ), group
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared exports are not here")
+@pytest.mark.parametrize("compute", ["bf16", "float32"])
+@pytest.mark.parametrize(
+    ("name", "formats", "method"),
+    [("mixed_fp8_nvfp4", FORMATS, "gradient"), ("mixed_fp8_w4a8", ("w4a8_awq", "fp8"), "kl_div")],
+    ids=["gradient", "kl"],
+)
+def test_scores_and_choice_of_modelopt(tmp_path, name, formats, method, compute):
+    """AWQ is calibrated on a quarter of the batches, as ModelOpt does while it searches."""
+    limit = Limit(most=6.0)
+    asked = Asked(formats=formats, limit=limit, method=method, scores=tmp_path / "kept")
+    given = Settings(calib=SHARED / "calib_ids.npy", compute=compute)
+    choice, _ = auto_quantize(SHARED / "base", tmp_path / "out", asked, given)
+    golden = json.loads((SHARED / name / "golden.json").read_text())["auto_quantize"]
+    kept = json.loads((tmp_path / "kept" / "scores" / "scores.json").read_text())["scores"]
+    names = {"W4A8_AWQ_BETA_CFG": "w4a8_awq_beta", "NVFP4_DEFAULT_CFG": "nvfp4"}
+    names |= {"FP8_DEFAULT_CFG": "fp8", "NONE": "none"}
+    for group, row in golden.items():
+        if group not in kept:
+            assert row["chosen"].startswith("NONE")
+            continue
+        assert choice.choices[group] == names[row["chosen"].partition("(")[0]]
+        for mine, its in zip(kept[group].values(), row["scores"], strict=False):
+            assert mine == pytest.approx(its, rel=TOLERANCES[compute])
+    for file in ("config.json", "hf_quant_config.json"):
+        assert (tmp_path / "out" / file).read_text() == (SHARED / name / file).read_text()
+
+
+TOLERANCES = {"bf16": 0.05, "float32": 0.1}
+"""ModelOpt computes in bfloat16: of one group of eight its FP8 score is 9 % off."""
