@@ -22,7 +22,7 @@ from jqx.errors import InputError
 from jqx.formats import find_format
 from jqx.models import forward
 from jqx.transforms import observe, probe, probes
-from jqx_interop.auto import BIT_COUNTS, Asked, Limit, Scoring, auto_quantize, chosen, scored
+from jqx_interop.auto import BIT_COUNTS, AutoSettings, Limit, Scoring, auto_quantize, chosen, scored
 from jqx_interop.auto import gradients as auto_gradients
 from jqx_interop.auto import run as auto_run
 from jqx_interop.progress import Silent
@@ -181,7 +181,9 @@ def test_scores_of_something_else_are_refused(model, found, tmp_path):
 
 
 def test_awq_is_a_candidate(model, tmp_path):
-    asked = Asked(formats=("int4_awq", "int8"), limit=Limit(most=9.0), scores=tmp_path / "kept")
+    asked = AutoSettings(
+        formats=("int4_awq", "int8"), limit=Limit(most=9.0), scores=tmp_path / "kept"
+    )
     given = settings(model, target="compressed-tensors")
     choice, report = auto_quantize(model, tmp_path / "out", asked, given)
     assert set(choice.choices.values()) >= {"int8"}

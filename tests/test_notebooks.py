@@ -89,8 +89,20 @@ def check_kernels(printed):
     assert "bytes instead of 2,097,152" in printed
 
 
+def check_auto(printed):
+    """More bits lose less, and the choice loses less than another of its size."""
+    kl = dict(re.findall(r"^(\w+) .*KL divergence ([\d.]+) nats", printed, re.MULTILINE))
+    assert float(kl["six"]) < float(kl["five"]) < float(kl["other"])
+    assert float(re.findall(r"^([\d.]+) bits a weight", printed, re.MULTILINE)[0]) <= 5
+    chosen = dict(re.findall(r"^(first|last|layers\.\w+) +(\w+)$", printed, re.MULTILINE))
+    assert set(chosen) == {"first", "last", "layers.up", "layers.down"}
+    assert len(set(chosen.values())) > 1
+    assert float(re.findall(r"relative error ([\d.]+)", printed)[0]) < 0.5
+
+
 CHECKS = {
     "01_quantize_and_export.ipynb": check_export,
     "02_any_jax_model.ipynb": check_any_model,
     "03_kernels.ipynb": check_kernels,
+    "04_auto_quantize.ipynb": check_auto,
 }

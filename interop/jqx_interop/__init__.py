@@ -9,6 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .auto import AutoSettings as AutoSettings
+    from .auto import Chosen as Chosen
+    from .auto import Limit as Limit
+    from .auto import auto_quantize as auto_quantize
     from .compare import compare_checkpoints as compare_checkpoints
     from .engines import Verdict as Verdict
     from .engines import Verification as Verification
@@ -31,6 +35,10 @@ if TYPE_CHECKING:
     from .settings import Settings as Settings
 
 _HOMES = {
+    "AutoSettings": "auto",
+    "auto_quantize": "auto",
+    "Chosen": "auto",
+    "Limit": "auto",
     "compare_checkpoints": "compare",
     "Completion": "generation",
     "EvalSettings": "evaluation",

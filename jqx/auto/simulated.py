@@ -43,14 +43,9 @@ class Simulated:
         cls, linear: Linear, fmt: Format, input_format: str | None, weight: Float[Array, "n k"]
     ) -> "Simulated":
         """That of a linear before its codes, in the format `fmt`, whose weight was `weight`."""
-        scaled = linear.weight
-        if (inverse := linear.facts.get(INVERSE)) is not None and linear.low_rank is None:
-            # while it scores ModelOpt has the factor of weights in their dtype, too
-            factor = round_to(inverse, weight.dtype)
-            wide = weight.astype(jnp.float32) * factor[None, :]
-            scaled = wide.astype(weight.dtype)
-        scaled = simulate_stages(scaled, fmt, linear.amax, linear.tensor_amax)
-        return cls(scaled, linear.pre_quant_scale, linear.input_amax, input_format)
+        inverse = linear.facts.get(INVERSE) if linear.low_rank is None else None
+        rounded = _rounded(linear._replace(facts={}), inverse, weight, fmt=fmt)
+        return cls(rounded, linear.pre_quant_scale, linear.input_amax, input_format)
 
     def inputs(self, x: Float[Array, "... k"]) -> Float[Array, "... k"]:
         """`x`, in the dtype of the model, as the linear reads it."""
@@ -70,6 +65,22 @@ class Simulated:
         """
         x = self.inputs(met.x.astype(self.weight.dtype)).astype(met.x.dtype)
         return met.apply(x, self.weight.astype(met.w.dtype))
+
+
+@partial(jax.jit, static_argnames=("fmt",))
+def _rounded(
+    linear: Linear,
+    inverse: Float32[Array, "k"] | None,
+    weight: Float[Array, "n k"],
+    *,
+    fmt: Format,
+) -> Float[Array, "n k"]:
+    scaled = linear.weight
+    if inverse is not None:
+        # while it scores ModelOpt has the factor of weights in their dtype, too
+        wide = weight.astype(jnp.float32) * round_to(inverse, weight.dtype)[None, :]
+        scaled = wide.astype(weight.dtype)
+    return simulate_stages(scaled, fmt, linear.amax, linear.tensor_amax)
 
 
 def simulated(f: Callable[..., Any], linears: Mapping[str, Simulated]) -> Callable[..., Any]:

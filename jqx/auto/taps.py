@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
@@ -22,7 +23,7 @@ from jqx.transforms.interpret import PRODUCTS, Acts, Met, Walk, interpret
 from jqx.transforms.primitives import PRIMITIVES
 
 Reduce = Callable[[Array, Array], Array]
-"""A gradient to a result, and a change of it -> an array in the shape of the tap."""
+"""A gradient to a result, and a change of it, outputs last -> an array in the shape of the tap."""
 
 Outputs = Callable[[Met], Array]
 """A product as it is met -> what its result would be."""
@@ -47,7 +48,7 @@ def tapped(
             return None
         y = met.apply(met.x, met.w)
         changes = [lax.stop_gradient(out(met) - y) for out in outputs[met.use.path]]
-        return _tap(reduce, y, changes, list(taps))
+        return _tap(partial(_outputs_last, reduce, _first(met, y)), y, changes, list(taps))
 
     def run(params: Any, taps: Taps, *args: Any) -> Any:
         walk = Walk(PRIMITIVES, Acts(change=change), beside=taps)
@@ -58,6 +59,20 @@ def tapped(
         return out
 
     return run
+
+
+def _first(met: Met, y: Array) -> int:
+    """How many axes of outputs a result has in front of those of inputs."""
+    if met.use.op != "dot" or not met.first:
+        return 0
+    return y.ndim - (met.x.ndim - len(met.use.activation_axes))
+
+
+def _outputs_last(reduce: Reduce, first: int, g: Array, change: Array) -> Array:
+    def last(a: Array) -> Array:
+        return jnp.moveaxis(a, range(first), range(a.ndim - first, a.ndim))
+
+    return reduce(last(g), last(change))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -72,7 +87,7 @@ def _forward(
 
 
 def _backward(reduce: Reduce, changes: list[Array], g: Array) -> tuple[Any, ...]:
-    nothing = [jax.numpy.zeros_like(d) for d in changes]
+    nothing = [jnp.zeros_like(d) for d in changes]
     return g, nothing, [reduce(g, d) for d in changes]
 
 

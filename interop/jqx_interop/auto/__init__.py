@@ -7,7 +7,7 @@ from .choosing import Chosen as Chosen
 from .choosing import Limit as Limit
 from .choosing import chosen as chosen
 from .choosing import limit_of as limit_of
-from .quantize import Asked as Asked
+from .quantize import AutoSettings as AutoSettings
 from .quantize import auto_quantize as auto_quantize
 from .run import METHODS as METHODS
 from .run import Scored as Scored

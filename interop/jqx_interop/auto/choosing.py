@@ -72,13 +72,15 @@ def limit_of(
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """`choices`: linear -> candidate; `score`: their sum; `costs` by way of counting; `curve`:
-    points (cost, score) of all budgets in the way `count`; `recipe`: what quantizes so.
+    """`choices`: linear -> candidate; `score`: the sum of theirs; `costs` by way of counting;
+    `scores`: group, called by its first member -> candidate -> score; `curve`: points (cost, score)
+    of all budgets in the way `count`; `recipe`: what quantizes so.
     """
 
     choices: dict[str, str]
     score: float
     costs: dict[str, float]
+    scores: Mapping[str, Mapping[str, float]]
     count: str
     unit: str
     curve: tuple[tuple[float, float], ...]
@@ -99,6 +101,7 @@ class Chosen:
             "choices": self.choices,
             "score": self.score,
             "costs": self.costs,
+            "scores": {group: dict(row) for group, row in self.scores.items()},
             "curve": {"count": self.count, "unit": self.unit, "points": points},
         }
 
@@ -122,6 +125,7 @@ def chosen(scored: Scored, limit: Limit) -> Chosen:
         choices=choices,
         score=found.score,
         costs={name: other.cost(found) for name, other in ways.items()},
+        scores=scored.scores,
         count=limit.count,
         unit=way.unit,
         curve=tuple((p.cost / way.per, p.score) for p in curve(way.groups, way.fixed)),

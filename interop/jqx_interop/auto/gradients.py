@@ -21,9 +21,9 @@ Scores = dict[str, dict[str, float]]
 """Group, by its first member -> candidate -> score."""
 
 SEED = 20_000
-"""Of the tokens that "fisher" draws: the same for all models and data."""
-ENOUGH, MOST_DRAWS = 8192, 8
-"""Tokens that "fisher" draws where there are fewer, and how often it draws at most for each."""
+"""Of what "fisher" draws: the same for all models and data."""
+ENOUGH, MOST_DRAWS = 16_384, 8
+"""Tokens that "fisher" draws for where there are fewer, and how often it draws at most for each."""
 
 
 def gradient_scores(
@@ -98,9 +98,7 @@ class _Backward(Passes):
         g, loss = head_gradient(params, states, jnp.asarray(targets), share, program=program)
         if self.task.method == "fisher":
             key = jax.random.fold_in(jax.random.key(SEED + where[0]), where[1])
-            drawn = head_draw(params, states, key, program=program)
-            one = (share > 0).astype(jnp.float32)
-            g, _ = head_gradient(params, states, drawn, one, program=program)
+            g = head_draw(params, states, share, key, program=program)
         return np.asarray(g, np.float32), float(loss)
 
     def _targets(self, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -150,6 +150,7 @@ class Passes:
             fmt, name = find_format(choice.weight or ""), path.removeprefix(prefix)
             weight = jnp.asarray(read_tensor(job, f"{path}.weight"))
             found[name] = Simulated.of(linear, fmt, choice.input, weight)
+            job.checkpoint.release(f"{path}.weight")
         return jax.block_until_ready(found)
 
     def groups_of(self, i: int) -> dict[str, tuple[str, ...]]:

@@ -23,7 +23,7 @@ from .statistics import SeveralStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class AutoSettings:
     """What is asked for: `formats`, recipes that linears may take, within `limit`; scored by
     `method`, a row of METHODS. Linears that match one of the globs `disabled` stay as they are.
     `scores`: the directory where statistics, scores and the curve are kept, and taken from where
@@ -47,7 +47,7 @@ class Asked:
 def auto_quantize(
     model: str | Path,
     out: str | Path,
-    asked: Asked,
+    asked: AutoSettings,
     settings: Settings | None = None,
     *,
     progress: Progress | None = None,
@@ -66,7 +66,7 @@ def auto_quantize(
     return choice, _export(model, out, choice, found, (given, progress))
 
 
-def _weighting(asked: Asked, config: Mapping[str, Any]) -> Weighting:
+def _weighting(asked: AutoSettings, config: Mapping[str, Any]) -> Weighting:
     """How much weights count. Raises InputError for another cost model, and for a share of experts
     that is not known, or not asked for.
     """

@@ -5,12 +5,17 @@
     fisher     (sum of g * D)^2 / 2          D = Q(x) Q(W)^T - x W^T
     kl         sum of KL(p || p') a token    p' of the model with one group of linears as Q has it
 
-The loss is the cross entropy of the next tokens: for "gradient" those of the text and the mean of a
-batch (ModelOpt 0.47, auto_quantize); for "fisher" tokens drawn from what the model predicts, and
-the sum of a sequence. Then E[(sum of g * D)^2] = D^T F D, with the Fisher matrix F of the outputs,
-which is twice the KL divergence that D causes, up to third order (Amari 1998, Natural gradient
-works efficiently in learning). Sums are over WINDOW tokens: the sum of a sequence has that
-expectation, and far too few draws; that of a token leaves out what errors of neighbours share.
+The loss of "gradient" is the cross entropy of the text's next tokens, the mean of a batch (ModelOpt
+0.47, auto_quantize). That of "fisher" is, with signs s drawn for every word v of the vocabulary at
+every place,
+
+    L = sum of s_v sqrt(p_v) log p_v, sqrt(p_v) held fixed      E[(sum of g * D)^2] = D^T F D
+
+with the Fisher matrix F of the outputs, and D^T F D / 2 is the KL divergence that D causes, up to
+third order (Amari 1998, Natural gradient works efficiently in learning). Words drawn by their
+probability have the same expectation, and more variance. Sums are over WINDOW tokens: the sum of a
+sequence has that expectation, and far too few draws; that of a token leaves out what errors of
+neighbours share.
 """
 
 from collections.abc import Callable, Mapping
@@ -135,13 +140,25 @@ def head_gradient(
     return gradient, value
 
 
+def signs(key: Array, shape: tuple[int, ...]) -> Float32[Array, "..."]:
+    """Draws of 1 and -1."""
+    return jax.random.rademacher(key, shape, jnp.float32)
+
+
 @partial(jax.jit, static_argnames=("program",))
 def head_draw(
-    params: Any, h: Float[Array, "c k"], key: Array, *, program: Program
-) -> Int[Array, "c"]:
-    """For each state after the last block a token drawn from what it predicts."""
-    logits = head(program.spec, params, h[None], program.compute)[0]
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    params: Any, h: Float[Array, "c k"], share: Float32[Array, "c"], key: Array, *, program: Program
+) -> Float[Array, "c k"]:
+    """A draw of the gradient of "fisher" to the states `h` after the last block; 0 where their
+    share is.
+    """
+
+    def loss(h: Array) -> Array:
+        log_p = jax.nn.log_softmax(head(program.spec, params, h[None], program.compute)[0])
+        fixed = jax.lax.stop_gradient(jnp.exp(log_p / 2)) * signs(key, log_p.shape)
+        return jnp.sum(jnp.where(share > 0, jnp.sum(fixed * log_p, axis=-1), 0))
+
+    return jax.grad(loss)(h)
 
 
 @partial(jax.jit, static_argnames=("program",))

@@ -165,7 +165,7 @@ def auto(  # noqa: PLR0913  a command's options are its parameters
     Gradients of the loss say what a linear's rounding costs; the best choice of all is found
     exactly. Statistics and scores are kept, so that another budget takes seconds.
     """
-    from jqx_interop.auto import Asked, auto_quantize, limit_of
+    from jqx_interop.auto import AutoSettings, auto_quantize, limit_of
     from jqx_interop.settings import Settings
 
     names = [name.strip() for name in formats.split(",") if name.strip()]
@@ -185,7 +185,7 @@ def auto(  # noqa: PLR0913  a command's options are its parameters
     limit = limit_of(
         {"bits": bits, "bytes": max_bytes, "latency": max_latency}, count, latency_table
     )
-    asked = Asked(
+    asked = AutoSettings(
         formats=tuple(names),
         limit=limit,
         method=method,
