@@ -4,10 +4,11 @@ start to files written.
 
     python benchmarks/against_modelopt.py MODEL --peer PEER/bin/python --text FILE.txt
 
-PEER is a virtual environment with torch, transformers and nvidia-modelopt; this script and jqx run
-without torch. ModelOpt simulates NVFP4 on GPUs alone: for searches in it `--emulation FILE.py`
-names a module whose `install_emulation()` does that on a CPU. Runs alternate, ratios are taken
-pair by pair, medians are reported. The two results are then compared tensor by tensor.
+PEER is a virtual environment with torch, transformers and nvidia-modelopt, run with -P since files
+here have names of packages that it imports; this script and jqx run without torch. ModelOpt
+simulates NVFP4 on GPUs alone: for searches in it `--emulation FILE.py` names a module whose
+`install_emulation()` does that on a CPU. Runs alternate, ratios are taken pair by pair, medians are
+reported. The two results are then compared tensor by tensor.
 """
 
 import argparse
@@ -103,7 +104,7 @@ def measure(job: Job, a: argparse.Namespace, ids: Path, folder: Path) -> dict[st
     jqx = Path(sys.executable).with_name("jqx")
     ours = [jqx, "quantize", a.model, outs[0], "--qformat", job.recipe, "--calib", ids, *options]
     script = HERE / "modelopt_peer.py"
-    peer = [a.peer, script, a.model, outs[1], job.config, ids, str(job.block), str(a.threads)]
+    peer = [a.peer, "-P", script, a.model, outs[1], job.config, ids, str(job.block), str(a.threads)]
     if job.emulated:
         peer.append(a.emulation or sys.exit(f"{job.recipe} needs --emulation FILE.py"))
     pin = ["taskset", "-c", ",".join(map(str, range(a.threads)))]

@@ -74,7 +74,7 @@ def measure(a: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         commands[f"jqx {name}"] = [*ours, out]
     if a.peer:
         script = HERE / "transformers_peer.py"
-        commands["transformers bfloat16"] = [*pin, a.peer, script, a.model, str(a.threads)]
+        commands["transformers bfloat16"] = [*pin, a.peer, "-P", script, a.model, str(a.threads)]
     workers = {name: Worker(command) for name, command in commands.items()}
     vocab = json.loads((a.model / "config.json").read_text())["vocab_size"]
     ids = np.random.default_rng(0).integers(0, vocab, (a.batch, a.prompt)).tolist()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of NVIDIA ModelOpt's auto_quantize, as a process of its own: python modelopt_auto.py MODEL
+"""Scores of NVIDIA ModelOpt's auto_quantize, by a process: python -P modelopt_auto.py MODEL
 SCORES.json IDS.npy THREADS BLOCK RECIPE=CONFIG,RECIPE=CONFIG [EMULATION].
 
 Runs in the peer's environment (torch, transformers, nvidia-modelopt), never in ours. IDS is

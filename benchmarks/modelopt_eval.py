@@ -128,7 +128,7 @@ def peer(a: argparse.Namespace, fmt: Format, folder: Path, out: Path) -> np.ndar
     afterwards.
     """
     words = [a.model, out, fmt.config or "-", fmt.kv or "-", fmt.block, folder, a.threads]
-    command = [a.peer, Path(__file__).resolve(), "peer", *words]
+    command = [a.peer, "-P", Path(__file__).resolve(), "peer", *words]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stderr[-3000:]}")

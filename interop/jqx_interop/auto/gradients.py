@@ -67,14 +67,14 @@ class _Backward(Passes):
         for n in range(self.count):
             h = self.states.get(last, n)
             flat, (targets, share) = h.reshape(-1, h.shape[-1]), self._targets(n)
-            for draw in range(self.draws):
+            for number in range(n, self.count * self.draws, self.count):
                 found = np.zeros(flat.shape, np.float32)
                 for at, real, weights in self.chunks(share):
-                    where = (draw * self.count + n, int(at[0]))
+                    where = (number, int(at[0]))
                     g, loss = self._head(params, flat[at], targets[at], weights, where)
                     found[at[:real]] = g[:real]
                     total += loss / self.draws
-                self._gradients.put(last % 2, where[0], found.reshape(h.shape))
+                self._gradients.put(last % 2, number, found.reshape(h.shape))
         self._gradients.flush()
         loss = total / float(np.sum(self._means)) / max(self.ids.shape[1] - 1, 1)
         if not np.isfinite(loss):

@@ -33,13 +33,13 @@ class States:
         found = np.empty(self._shape, self._dtype)
         with open(self._path, "rb", buffering=0) as file:
             file.seek((turn * self._count + i) * self._size)
-            if file.readinto(found.reshape(-1).view(np.uint8)) != self._size:
+            if file.readinto(found.reshape(-1).view(np.uint8).data) != self._size:
                 raise OSError(f"{self._path} ends too early")
         return found
 
     def put(self, turn: int, i: int, states: Float[np.ndarray, "rows tokens width"]) -> None:
         """Replace array `i` of one turn."""
-        data = np.ascontiguousarray(states, self._dtype).reshape(-1).view(np.uint8)
+        data = np.ascontiguousarray(states, self._dtype).reshape(-1).view(np.uint8).data
         with open(self._path, "r+b", buffering=0) as file:
             file.seek((turn * self._count + i) * self._size)
             if file.write(data) != self._size:
