@@ -129,7 +129,7 @@ def test_gemma_is_tied_scaled_and_uses_the_gelu_it_was_trained_with():
         ({"num_key_value_heads": 3}, ["num_attention_heads = 4", "num_key_value_heads = 3"]),
         ({"hidden_size": 33}, ["hidden_size = 33", "head_dim"]),
         ({"hidden_act": "mish"}, ["'mish'", "silu"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_type 'yarn'", "llama3"]),
+        ({"rope_scaling": {"type": "ntk", "factor": 4.0}}, ["rope_type 'ntk'", "llama3"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["linear", "lacks factor"]),
         ({"rope_parameters": {"rope_theta": 1e4, "beta_fast": 32}}, ["beta_fast = 32"]),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["0.5"]),

@@ -15,7 +15,7 @@ import numpy as np
 
 from jqx.config import Choice
 from jqx.errors import nearest
-from jqx.models import ModelSpec, param_shapes
+from jqx.models import ModelSpec, linear_shapes, param_shapes
 from jqx.tensors import QTensor
 
 from .checkpoints import (
@@ -30,10 +30,10 @@ from .checkpoints import (
     told,
 )
 from .describe import describe
-from .inventory import SCALED_EMBEDDINGS
+from .inventory import OWN_POSITIONS, SCALED_EMBEDDINGS
 from .model import Model
 from .saving_checks import Content, beside_codes, content_of
-from .stored_checks import KvTensor, kv_tensors, linear_shapes
+from .stored_checks import KvTensor, kv_tensors
 from .targets import TARGETS, Target, companions
 
 
@@ -139,4 +139,10 @@ def unquantized(
     modules = [path for path in linear_shapes(spec) if path not in choices]
     if config.get("model_type") not in SCALED_EMBEDDINGS:
         modules.append(spec.names.embed)
+        modules += [spec.names.positions] if _has_quantizer(spec) else []
     return [*modules, spec.names.head] if spec.tied else modules
+
+
+def _has_quantizer(spec: ModelSpec) -> bool:
+    """Whether there is a table of learned positions that ModelOpt would list."""
+    return spec.positions is not None and not OWN_POSITIONS.search(spec.names.positions)

@@ -14,12 +14,12 @@ import numpy as np
 from jqx.config import Choice, base_format
 from jqx.errors import InputError
 from jqx.formats import Format, find_format, grid_shape
-from jqx.models import ModelSpec, block_prefix, input_groups, kinds, param_shapes
+from jqx.models import ModelSpec, block_prefix, input_groups, kinds, linear_shapes, param_shapes
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
 
 from .checkpoints import DTYPES, TensorOut, refuse
-from .stored_checks import kv_tensors, linear_shapes
+from .stored_checks import kv_tensors
 from .targets import Target, find_algo, holds, input_factor, low_rank_factors
 from .targets.modelopt import Algo
 

@@ -17,12 +17,20 @@ from jax.typing import DTypeLike
 
 from jqx.config import Choice
 from jqx.errors import InputError
-from jqx.models import Compute, ModelSpec, block_prefix, block_shapes, kinds, param_shapes
+from jqx.models import (
+    Compute,
+    ModelSpec,
+    block_prefix,
+    block_shapes,
+    kinds,
+    linear_shapes,
+    param_shapes,
+)
 from jqx.models.layers import module
 from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
 
-from .architecture import optional_tensors, own_head
+from .architecture import optional_tensors, own_head, spec_for
 from .checkpoints import (
     DTYPES,
     Checkpoint,
@@ -33,9 +41,8 @@ from .checkpoints import (
     read_beside,
     refuse,
 )
-from .families import spec_from_config
 from .inventory import FLOATS
-from .stored_checks import bad_numbers, kv_tensors, linear_shapes, stored_problems
+from .stored_checks import bad_numbers, kv_tensors, stored_problems
 from .targets import RECIPROCALS, TARGETS, Said, Target, layout_of
 
 NOTE = "jqx:"
@@ -77,7 +84,7 @@ def open_model(model: str | Path) -> Source:
     checkpoint = open_checkpoint(model)
     try:
         plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        spec = spec_from_config(plain)
+        spec = spec_for(plain, checkpoint.tensors)
         spec, choices, target, dtype = _read(checkpoint, spec)
     except InputError as error:
         where, message = str(checkpoint.path), str(error)
@@ -129,7 +136,7 @@ def read_block(source: Source, i: int, compute: Compute) -> dict[str, Any]:
     """
     prefix = block_prefix(source.spec, i)
     names = [f"{prefix}.{name}" for name in block_shapes(source.spec, kinds(source.spec)[i])]
-    return dict(module(read_params(source, names, compute.carrier), prefix))
+    return dict(module(read_params(source, names, compute.carrier), prefix, {}))
 
 
 def _read(

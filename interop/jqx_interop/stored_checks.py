@@ -13,7 +13,7 @@ import numpy as np
 from jqx.config import KV_FORMATS, Choice
 from jqx.errors import InputError
 from jqx.formats import check_divides, find_format
-from jqx.models import ModelSpec, block_prefix, kinds, param_shapes
+from jqx.models import Attention, ModelSpec, block_prefix, kinds, linear_shapes, param_shapes
 
 from .checkpoints import Checkpoint, TensorInfo, TensorOut, dtype_name
 from .inventory import FLOATS
@@ -33,16 +33,6 @@ CODES = (
     *("qweight", "qzeros", INDEX, "bias"),
 )
 """Leaves of a linear that are no scales."""
-
-
-def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Path and weight shape of everything that could be quantized: linears and a head."""
-    embed = spec.names.embed + ".weight"
-    return {
-        name.removesuffix(".weight"): shape
-        for name, shape in param_shapes(spec).items()
-        if len(shape) == 2 and name != embed
-    }
 
 
 def stored_problems(
@@ -114,6 +104,8 @@ def kv_tensors(spec: ModelSpec, dtype: np.dtype) -> Iterator[KvTensor]:
         return
     for i, kind in enumerate(kinds(spec)):
         row = kind.attention
+        if not isinstance(row, Attention):
+            continue
         for name, letter in ((spec.names.k, "k"), (spec.names.v, "v")):
             path = f"{block_prefix(spec, i)}.{name}"
             yield KvTensor(path, f"{letter}_scale", "F32", ())

@@ -72,7 +72,7 @@ def family_rows() -> Rows:
             "norm": row.norm,
             "q/k norm": "yes" if row.qk_norm else "",
             "windows": row.windows,
-            "embedding scale": row.embedding_scale,
+            "MLP": row.mlp,
         }
         for row in FAMILIES.values()
     ]

@@ -10,6 +10,7 @@ Statistics and scores are kept, and a run that is killed goes on where it was.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from jqx.config import to_json
 from jqx.errors import InputError
 from jqx.formats import find_format
-from jqx.models import ModelSpec, block_prefix, kinds
+from jqx.models import ModelSpec, block_prefix, head_tensors, kinds
 from jqx.recipes import Recipe
 from jqx.tensors.paths import unflatten
 from jqx_interop.calibrate import calibrate, job_for
@@ -208,8 +209,7 @@ class _Passes:
         job, spec = self._job, self.spec
         shape = (len(self._ids), self._ids.shape[1], spec.hidden)
         hidden = HiddenStates(shape, self._rows, np.dtype(self._compute.carrier), None)
-        table = read_tensor(job, spec.names.embed + ".weight")
-        embed_rows(spec, table, self._ids, hidden, self._compute)
+        embed_rows(spec, partial(read_tensor, job), self._ids, hidden, self._compute)
         for n in range(self.count):
             self._states.put(0, n, np.asarray(hidden.get(n)))
         del hidden
@@ -232,8 +232,7 @@ class _Passes:
     def _heads(self) -> float:
         """Put the gradients to the last states; returns the mean loss of a batch."""
         job, spec, compute = self._job, self.spec, self._compute
-        names = (spec.names.final_norm, spec.names.embed if spec.tied else spec.names.head)
-        leaves = {f"{name}.weight": read_leaf(job, f"{name}.weight", compute) for name in names}
+        leaves = {name: read_leaf(job, name, compute) for name in head_tensors(spec)}
         params, last = unflatten(leaves), len(kinds(spec))
         program = Program(spec, kinds(spec)[-1], compute)
         chunk, total = chunk_of(spec.vocab), 0.0
