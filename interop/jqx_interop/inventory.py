@@ -178,7 +178,7 @@ def _modules(
             if info.dtype in FLOATS:
                 yield Module(path=path, kind="linear", shape=known[path], dtype=info.dtype)
         elif leaf == "weight" and len(info.shape) == 2 and info.dtype in FLOATS:
-            if EMBEDDINGS.search(path):
+            if EMBEDDINGS.search(path) or (spec is not None and path in projections(spec)):
                 own = checkpoint.config.get("model_type") in SCALED_EMBEDDINGS
                 if own or OWN_POSITIONS.search(path):
                     continue
@@ -188,6 +188,11 @@ def _modules(
             else:
                 kind = "linear"
             yield Module(path=path, kind=kind, shape=tuple(info.shape), dtype=info.dtype)
+
+
+def projections(spec: ModelSpec) -> tuple[str, ...]:
+    """What changes the width of embeddings, which is not calibrated."""
+    return () if spec.embed_width is None else (spec.names.project_in, spec.names.project_out)
 
 
 def _siblings(paths: list[str]) -> tuple[tuple[str, ...], ...]:

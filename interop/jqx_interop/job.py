@@ -2,7 +2,7 @@
 """What one run will do, decided before it begins, from config.json and tensor headers."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from jqx.errors import InputError, nearest
 from jqx.formats import find_format
 from jqx.models import ModelSpec, param_shapes
 from jqx.recipes import Recipe, find_kv, find_recipe, with_kv
+from jqx.tensors import QTensor
 
 from .architecture import optional_tensors, own_head, spec_of
 from .attentions import Attention, attentions_of
@@ -37,6 +38,7 @@ from .choices import (
 )
 from .folding import Folds, fold_all, plan_folds
 from .inventory import FLOATS, KEPT, Inventory, Module, take_inventory
+from .orientation import laid, laid_outputs
 from .outlines import open_outline
 from .settings import Settings
 from .targets import (
@@ -180,11 +182,17 @@ class Job:
         module, choice = self.modules[path], self.choices[path]
         has_input_scale = input_bound(self.config, choice) is not None
         found = self.target.outputs(path, choice, module.shape, self.dtype, has_input_scale)
+        found = laid_outputs(self.spec, path, found)
         if choice.variant is not None and self.folds.keeps(path):
             found.append(input_factor(path, module.shape, self.dtype))
         if choice.variant == "svd":
             found += low_rank_factors(path, module.shape, _rank(self.config), self.dtype)
         return found
+
+    def named(self, path: str, q: QTensor) -> Iterator[tuple[str, np.ndarray]]:
+        """The named arrays of a linear, as they lie in files."""
+        arrays = laid(self.spec, path, self.target.named(path, q))
+        return ((name, np.asarray(array)) for name, array in arrays.items())
 
     @property
     def unquantized(self) -> tuple[str, ...]:

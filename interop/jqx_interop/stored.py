@@ -42,6 +42,7 @@ from .checkpoints import (
     refuse,
 )
 from .inventory import FLOATS
+from .orientation import matrix, straight, turned
 from .stored_checks import bad_numbers, kv_tensors, stored_problems
 from .targets import RECIPROCALS, TARGETS, Said, Target, layout_of
 
@@ -114,7 +115,7 @@ def read_params(
             arrays = stored_arrays(source, path)
             problems += [*_problems(path, arrays), *_strange_bias(source, path)]
             q = gathered(source, path, arrays)
-            leaves[name] = jax.tree.map(copied, q)
+            leaves[name] = turned(source.spec, path, jax.tree.map(copied, q))
             for part in source.target.leaves:
                 if (stored := f"{path}.{part}") in source.checkpoint.tensors:
                     source.checkpoint.release(stored)
@@ -166,10 +167,10 @@ def _read(
 
 
 def gathered(source: Source, path: str, arrays: Mapping[str, np.ndarray]) -> QTensor:
-    """The QTensor of the quantized linear `path` from its stored arrays. Raises InputError naming
-    it for what has no QTensor.
+    """The QTensor [n, k] of the quantized linear `path` from its stored arrays. Raises InputError
+    naming it for what has no QTensor.
     """
-    shape = source.shapes[f"{path}.weight"]
+    shape = matrix(source.spec, path, source.shapes[f"{path}.weight"])
     try:
         return source.target.gathered(arrays, source.choices[path], shape, source.dtype)
     except InputError as error:
@@ -188,6 +189,8 @@ def stored_arrays(
         leaf: source.checkpoint.read(name) for leaf in wanted if (name := f"{path}.{leaf}") in have
     }
     exact = exact_notes(source.checkpoint)
+    if "weight" in found:
+        found["weight"] = straight(source.spec, path, found["weight"])
     noted = {leaf: exact[f"{path}.{leaf}"] for leaf in SCALARS if f"{path}.{leaf}" in exact}
     return {**found, **noted}
 

@@ -17,6 +17,7 @@ from jqx.models import Attention, ModelSpec, block_prefix, kinds, linear_shapes,
 
 from .checkpoints import Checkpoint, TensorInfo, TensorOut, dtype_name
 from .inventory import FLOATS
+from .orientation import laid_outputs
 from .targets import (
     INDEX,
     INNER,
@@ -59,13 +60,13 @@ def stored_problems(
             told.add(path)
         elif choice is not None:
             try:
-                check_divides(find_format(choice.weight or ""), shape)
+                check_divides(find_format(choice.weight or ""), linears[path])
             except InputError as error:
                 problems.append(f"{path}: {error}")
                 told.add(path)
             else:
-                linear = _linear(have, path, choice, (shape, dtype), target)
-                expected |= {t.name: t for t in linear}
+                linear = _linear(have, path, choice, (linears[path], dtype), target)
+                expected |= {t.name: t for t in laid_outputs(spec, path, linear)}
         else:
             expected[name] = TensorOut(name, "", shape)
     cached = (_any_float(kv.stored(target), target) for kv in kv_tensors(spec, dtype))

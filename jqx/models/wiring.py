@@ -104,8 +104,8 @@ def value_reader(spec: ModelSpec, kind: BlockKind) -> tuple[str, str, Shared] | 
 
 
 def linear_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Path and [n, k] of everything that could be quantized: the linears of blocks, a head of its
-    own, and what changes the width of embeddings.
+    """Path and [n, k] of everything that could be quantized: the linears of blocks, and a head of
+    its own.
     """
     every, names = param_shapes(spec), spec.names
     found = {}
@@ -114,9 +114,8 @@ def linear_shapes(spec: ModelSpec) -> dict[str, Shape]:
         for name in linears(spec, kind):
             shape = shapes[f"{name}.weight"]
             found[f"{prefix}.{name}"] = shape[::-1] if kind.transposed else shape
-    for name in (names.project_in, names.project_out, *(() if spec.tied else (names.head,))):
-        if spec.embed_width is not None or name == names.head:
-            found[name] = every[f"{name}.weight"]
+    if not spec.tied:
+        found[names.head] = every[f"{names.head}.weight"]
     return {
         path: found[path] for path in (n.removesuffix(".weight") for n in every) if path in found
     }

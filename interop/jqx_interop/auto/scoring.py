@@ -111,7 +111,7 @@ def block_scores(
     _, met = observe(run, inputs, merge=lambda a, b: a)(params, h)
     found = {
         name: {
-            path: _score(linear, _leaf(params, path), met[f"{path}.weight"], gradient)
+            path: _score(linear, _leaf(program, params, path), met[f"{path}.weight"], gradient)
             for path, linear in row.items()
             for gradient in to_outputs[f"{path}.weight"]
         }
@@ -120,10 +120,10 @@ def block_scores(
     return to_states, found
 
 
-def _leaf(params: Any, path: str) -> Array:
+def _leaf(program: Program, params: Any, path: str) -> Float[Array, "n k"]:
     for part in path.split("."):
         params = params[part]
-    return params["weight"]
+    return params["weight"].T if program.kind.transposed else params["weight"]
 
 
 def _score(linear: Simulated, w: Array, x: Array, gradient: Array) -> Float32[Array, ""]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jqx_interop.checkpoints import TensorInfo
 from jqx_interop.inventory import EMBEDDINGS, SIBLINGS
+from jqx_interop.orientation import straight_infos
 from jqx_interop.targets import module_and_leaf
 
 from .descriptions import Said, read_said
@@ -109,7 +110,7 @@ def read_facts(model: str | Path) -> Facts:
     said = read_said(files.config.get("quantization_config"), files.file)
     known = read_known(files.config, files.tensors)
     shapes = known.linears
-    leaves, rest = _by_module(files.tensors, shapes)
+    leaves, rest = _by_module(straight_infos(known.spec, files.tensors), shapes)
     ignored = matcher(said.layout, None, said.ignored)
     grouper = said.grouper()
     linears = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jqx.errors import InputError
-from jqx.models import linear_shapes, param_shapes
+from jqx.models import ModelSpec, linear_shapes, param_shapes
 from jqx_interop.architecture import optional_tensors, spec_for
 from jqx_interop.families import FAMILIES
 from jqx_interop.families.family import REQUIRED
@@ -20,13 +20,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
     """`parameters`: name -> shape of everything there should be, empty where that is not known;
-    `linears`: path -> [n, k] of what could be quantized; `optional`: globs of what else there may
+    `linears`: path -> [n, k] of what could be quantized; `spec`: of families that are defined here;
+    `optional`: globs of what else there may
     be; `outlined`: whether that is from an outline, which sources are not held to; `problems`:
     (rule, text).
     """
 
     parameters: Shapes
     linears: Shapes
+    spec: ModelSpec | None = None
     optional: tuple[str, ...] = ()
     outlined: bool = False
     problems: tuple[tuple[str, str], ...] = ()
@@ -91,6 +93,7 @@ def _defined(config: dict[str, Any], tensors: Collection[str]) -> Known:
     return Known(
         parameters=param_shapes(spec),
         linears=linear_shapes(spec),
+        spec=spec,
         optional=optional_tensors(spec),
     )
 

@@ -78,7 +78,7 @@ GEMMA3 = replace(
         sliding_window_pattern=("sliding_window_pattern", "_sliding_window_pattern"),
     ),
     defaults=frozen(
-        **GEMMA.defaults | {"max_position_embeddings": 131072},
+        **{**GEMMA.defaults, "max_position_embeddings": 131072},
         rope_theta=1000000.0,
         sliding_window=4096,
         sliding_window_pattern=6,

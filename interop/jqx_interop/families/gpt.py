@@ -8,7 +8,7 @@ from jqx.models import Attention, BlockKind, ModelSpec, Names
 from .common import four_times
 from .family import Family, frozen
 from .reader import Reader
-from .rope import rotated
+from .rope import channels, rotated
 
 _SIZES = {
     "hidden_size": ("n_embd", "hidden_size"),
@@ -93,7 +93,7 @@ GPTJ = Family(
     mlp="plain",
     mlp_bias=True,
     rope_pairs="neighbours",
-    rotates=lambda read: int(read("rotary_dim")),
+    rotates=lambda read: channels(read, read("rotary_dim"), "rotary_dim"),
     head_bias=True,
 )
 

@@ -65,7 +65,7 @@ COHERE2 = replace(
     COHERE,
     model_type="cohere2",
     defaults=frozen(
-        **COHERE.defaults | {"rope_theta": 10000.0},
+        **{**COHERE.defaults, "rope_theta": 10000.0},
         sliding_window=4096,
         sliding_window_pattern=4,
     ),

@@ -125,15 +125,19 @@ def given_rope(read: Reader, layers: str = "full_attention") -> tuple[str, Given
 
 def rotated(read: Reader) -> int | None:
     """The channels of a head that turn, from the fraction a config gives; None for all of them."""
-    size = head_dim(read)
     _, given = given_rope(read)
     fraction = given.get("partial_rotary_factor") or read("partial_rotary_factor") or 1.0
-    dims = int(size * fraction)
+    dims = int(head_dim(read) * fraction)
+    return channels(read, dims, f"partial_rotary_factor {fraction}")
+
+
+def channels(read: Reader, dims: int, told: str) -> int | None:
+    """The channels of a head that turn, None for all. Raises InputError for numbers that make no
+    pairs; `told`: where they come from.
+    """
+    size = head_dim(read)
     if dims < 2 or dims > size or dims % 2:
-        raise InputError(
-            f"partial_rotary_factor {fraction} of heads of {size} channels leaves {dims}, which "
-            "make no pairs"
-        )
+        raise InputError(f"{told} makes {dims} of {size} channels of a head turn: no pairs")
     return None if dims == size else dims
 
 
