@@ -225,6 +225,7 @@ def test_what_other_families_have_is_refused_by_name(model_type, key):
         ("nemotron_nas", {"block_configs": [{}]}, ["block_configs is no list of 6 layers"]),
         ("phi3small", {"blocksparse_homo_head_pattern": True}, ["blocksparse_homo_head_pattern"]),
         ("phi3", {"rope_scaling": {"type": "longrope"}}, ["lacks short_factor, long_factor"]),
+        ("phi3_long", {"partial_rotary_factor": 0.5}, ["4 numbers short_factor for 2 pairs"]),
         ("opt", {"layer_norm_elementwise_affine": False}, ["layer_norm_elementwise_affine"]),
     ],
 )

@@ -20,6 +20,7 @@ from tiny_families import (
     distance,
     logits_of,
     params_of,
+    saved_config,
     spec_of,
     tensors_of,
 )
@@ -27,7 +28,7 @@ from tiny_families import (
 from jqx import models
 from jqx.models import FLOAT32
 from jqx.models.generate import Session
-from jqx_interop.families import FAMILIES
+from jqx_interop.families import FAMILIES, spec_from_config
 
 FARTHEST = 1e-4
 PREFIXES = (13, 20)  # tokens that are read at once, of the two sequences
@@ -102,6 +103,11 @@ def test_padding_on_the_left_changes_nothing_for_the_tokens(case):
     got, whole = np.asarray(got), logits_of(case)
     assert distance(case, got[0, pad:], whole[0, : t - pad]) <= 1e-5
     assert distance(case, got[1], whole[1]) <= 1e-5
+
+
+@pytest.mark.parametrize("case", make_families.CASES)
+def test_what_transformers_writes_of_a_config_means_the_same(case):
+    assert spec_from_config(saved_config(case)) == spec_of(case)
 
 
 def hub_names() -> dict[str, tuple[set[str], set[str]]]:

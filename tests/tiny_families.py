@@ -3,6 +3,7 @@
 and the logits that another implementation has.
 """
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ def answers(case: str) -> tuple[tuple[int, ...], np.ndarray]:
     else:
         known = restated.logits(CONFIGS[case], tensors_of(case), np.asarray(IDS))
     return tuple(range(known.shape[1])), known
+
+
+def saved_config(case: str) -> dict[str, Any]:
+    """The config.json that transformers writes for a case of golden.CASES."""
+    return json.loads(str(_recorded(golden.FIXTURE)[f"{case}|config"]))
 
 
 def distance(case: str, got: np.ndarray, wanted: np.ndarray) -> float:

@@ -298,6 +298,13 @@ def token_ids() -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH))
 
 
+def saved_config(config: dict) -> str:
+    """The config.json that transformers writes for `config`."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**config).to_json_string()
+
+
 def peer_model(config: dict):
     """The transformers model of `config` with the drawn weights."""
     import torch
@@ -327,6 +334,7 @@ def peer_logits(config: dict) -> np.ndarray:
 
 def main() -> None:
     arrays = {case: peer_logits(config)[:, PLACES] for case, config in CASES.items()}
+    arrays |= {f"{case}|config": np.array(saved_config(c)) for case, c in CASES.items()}
     np.savez_compressed(FIXTURE, **arrays)
     print(FIXTURE, FIXTURE.stat().st_size)
 

@@ -141,17 +141,17 @@ MPT = Family(
 
 def _falcon_heads(read: Reader) -> int:
     """Key heads. What the old layout says of their number means nothing."""
-    heads = read("num_attention_heads")
+    heads, queries_alone = read("num_attention_heads"), read("multi_query")
     if read("new_decoder_architecture"):
         return read("num_kv_heads", heads)
-    return 1 if read("multi_query") else heads
+    return 1 if queries_alone else heads
 
 
 def _falcon_layout(read: Reader) -> str:
-    norms = read("num_ln_in_parallel_attn")
+    norms, parallel = read("num_ln_in_parallel_attn"), read("parallel_attn")
     if read("new_decoder_architecture"):
         return "parallel" if norms == 1 else "parallel_two"
-    return "parallel" if read("parallel_attn") else "pre"
+    return "parallel" if parallel else "pre"
 
 
 def _falcon_rope(read: Reader) -> Rope | None:

@@ -21,6 +21,7 @@ NEMOTRON = Family(
         rms_norm_eps=1e-5,
         max_position_embeddings=4096,
         partial_rotary_factor=0.5,
+        initializer_range=0.0134,
     ),
     norm="layer_plus_one",
     norm_bias=True,

@@ -97,6 +97,7 @@ STARCODER2 = Family(
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         use_bias=True,
+        initializer_range=0.018042,
     ),
     names=Names(up="mlp.c_fc", down="mlp.c_proj"),
     norm="layer",

@@ -99,6 +99,10 @@ def rope_from_config(read: Reader, layers: str = "full_attention") -> Rope:
     dims = read.row.rotates(read)
     _check_parameters(where, given, kind, "partial_rotary_factor" in read.seen)
     row, context = SCALING[kind], read("max_position_embeddings")
+    pairs = (dims or head_dim(read)) // 2
+    for key in row.lists:
+        if len(given[key]) != pairs:
+            raise InputError(f"{where} has {len(given[key])} numbers {key} for {pairs} pairs")
     top = read("original_max_position_embeddings")
     original = top or given.get("original_max_position_embeddings") or context
     return Rope(
@@ -126,7 +130,8 @@ def given_rope(read: Reader, layers: str = "full_attention") -> tuple[str, Given
 def rotated(read: Reader) -> int | None:
     """The channels of a head that turn, from the fraction a config gives; None for all of them."""
     _, given = given_rope(read)
-    fraction = given.get("partial_rotary_factor") or read("partial_rotary_factor") or 1.0
+    elsewhere = read("partial_rotary_factor")
+    fraction = given.get("partial_rotary_factor") or elsewhere or 1.0
     dims = int(head_dim(read) * fraction)
     return channels(read, dims, f"partial_rotary_factor {fraction}")
 
