@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jqx.algorithms.table import ALGORITHMS, params_of, variant_of
+from jqx.algorithms.table import variant_of
 from jqx.config import KV_FORMATS, Choice, KVFormat, QuantConfig
 from jqx.errors import InputError, nearest
 from jqx.formats import find_format
@@ -33,6 +33,7 @@ from .choices import (
     calibrated,
     choices_for,
     input_bound,
+    low_rank_of,
     refuse_unheard,
     wanted_kinds,
 )
@@ -186,7 +187,7 @@ class Job:
         if choice.variant is not None and self.folds.keeps(path):
             found.append(input_factor(path, module.shape, self.dtype))
         if choice.variant == "svd":
-            found += low_rank_factors(path, module.shape, _rank(self.config), self.dtype)
+            found += low_rank_factors(path, module.shape, low_rank_of(self.config), self.dtype)
         return found
 
     def named(self, path: str, q: QTensor) -> Iterator[tuple[str, np.ndarray]]:
@@ -309,12 +310,6 @@ def _refuse_unreached(job: Job) -> None:
                 f"the inputs of {path} are not calibrated here, only those of linears in blocks; "
                 "quantize its weight alone, leave it out, or record its inputs for --activations"
             )
-
-
-def _rank(config: QuantConfig) -> int:
-    """The rank of low-rank parts."""
-    rows = [params_of(step) for step in config.steps if ALGORITHMS[step.method].variant == "svd"]
-    return int(getattr(rows[-1], "lowrank", 0))
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:

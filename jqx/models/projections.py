@@ -22,7 +22,7 @@ Heads = Float[Array, "b h t d"]
 
 def queries_keys_values(
     row: Attention, inside: Inside, x: Float[Array, "b t k"], positions: Int[Array, "b t"]
-) -> tuple[Heads, Heads, Heads]:
+) -> tuple[Heads, Float[Array, "b kv t d"], Float[Array, "b kv t d"]]:
     """Queries, keys and values of the normed input `x`, the former turned to their positions."""
     names, compute = inside.names, inside.compute
     q, k, v = (_clipped(row, y, inside) for y in PROJECTIONS[row.qkv](row, inside, x))

@@ -39,6 +39,7 @@ def _bloom_layer(read: Reader, kind: BlockKind, i: int) -> BlockKind:
 
 BLOOM = Family(
     model_type="bloom",
+    title="BLOOM",
     keys=frozen(
         hidden_size=("hidden_size", "n_embed"),
         num_hidden_layers=("n_layer", "num_hidden_layers"),
@@ -96,6 +97,7 @@ def _mpt_attention(read: Reader, row: Attention) -> Attention:
 
 MPT = Family(
     model_type="mpt",
+    title="MPT",
     keys=frozen(
         hidden_size=("d_model",),
         num_hidden_layers=("n_layers",),
@@ -171,6 +173,7 @@ def _falcon_model(read: Reader, spec: ModelSpec) -> ModelSpec:
 
 FALCON = Family(
     model_type="falcon",
+    title="Falcon 7B, 11B, 40B, 180B, RW",
     keys=frozen(
         hidden_size=("hidden_size", "n_embed"),
         num_hidden_layers=("num_hidden_layers", "n_layer"),

@@ -38,7 +38,8 @@ class Family:
     """One model_type. Meanings are the keys of `DEFAULTS`; all rows share them and the tensor names
     of `Names`.
 
-    Biases are facts of the family, meanings of config keys, or functions of what is read.
+    `title`: what the models are called. Biases are facts of the family, meanings of config keys, or
+    functions of what is read.
     `keys` renames a meaning to the config keys that carry it here, the first non-null one wins;
     `defaults` are values of absent keys, or functions of what is read. `norm` is a kind of norm;
     `layout` where norms are; `qkv` how q, k and v lie; `mlp` the form of the MLP. `qk_norm`: what
@@ -52,6 +53,7 @@ class Family:
     """
 
     model_type: str
+    title: str
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=frozen)
     defaults: Mapping[str, Any] = field(default_factory=frozen)
     names: Names = field(default_factory=Names)

@@ -46,6 +46,7 @@ def _qwen_biased(read: Reader) -> bool:
 # The config counts gate and up together.
 QWEN = Family(
     model_type="qwen",
+    title="Qwen",
     keys=frozen(
         num_key_value_heads=(),
         head_dim=("kv_channels",),
@@ -88,6 +89,7 @@ def _baichuan_model(read: Reader, spec: ModelSpec) -> ModelSpec:
 
 BAICHUAN = Family(
     model_type="baichuan",
+    title="Baichuan, Baichuan2",
     keys=frozen(
         num_key_value_heads=(),
         max_position_embeddings=("max_position_embeddings", "model_max_length"),
@@ -104,6 +106,7 @@ BAICHUAN = Family(
 
 INTERNLM2 = Family(
     model_type="internlm2",
+    title="InternLM2",
     names=Names(
         embed="model.tok_embeddings",
         head="output",
@@ -126,6 +129,7 @@ INTERNLM2 = Family(
 
 EXAONE = Family(
     model_type="exaone",
+    title="EXAONE 3, 3.5",
     keys=frozen(
         num_hidden_layers=("num_layers", "num_hidden_layers"),
         hidden_act=("activation_function",),

@@ -15,6 +15,7 @@ from .rope import rope_from_config
 # Early files say "gelu" although the weights were trained with the tanh form.
 GEMMA = Family(
     model_type="gemma",
+    title="Gemma",
     norm="rms_plus_one",
     of_model=embedding_by_width,
     keys=frozen(hidden_act=("hidden_activation", "hidden_act")),
@@ -39,6 +40,7 @@ def _capped_model(read: Reader, spec: ModelSpec) -> ModelSpec:
 GEMMA2 = replace(
     GEMMA,
     model_type="gemma2",
+    title="Gemma 2",
     layout="sandwich",
     names=Names(mlp_norm="pre_feedforward_layernorm"),
     windows="by_pattern",
@@ -71,6 +73,7 @@ def _local_rope(read: Reader, kind: BlockKind, i: int) -> BlockKind:
 GEMMA3 = replace(
     GEMMA2,
     model_type="gemma3_text",
+    title="Gemma 3 (text)",
     qk_norm="head",
     of_layer=_local_rope,
     keys=frozen(

@@ -31,6 +31,7 @@ def _chatglm_model(read: Reader, spec: ModelSpec) -> ModelSpec:
 
 CHATGLM = Family(
     model_type="chatglm",
+    title="ChatGLM2, ChatGLM3, GLM-4 with its own code",
     keys=frozen(
         vocab_size=("padded_vocab_size", "vocab_size"),
         num_hidden_layers=("num_layers", "num_hidden_layers"),
@@ -74,6 +75,7 @@ CHATGLM = Family(
 
 GLM = Family(
     model_type="glm",
+    title="GLM-4",
     defaults=frozen(
         head_dim=128,
         rms_norm_eps=1.5625e-07,
@@ -90,6 +92,7 @@ GLM = Family(
 GLM4 = replace(
     GLM,
     model_type="glm4",
+    title="GLM-4-0414",
     layout="sandwich",
     names=Names(attention_end="post_self_attn_layernorm", mlp_end="post_mlp_layernorm"),
 )

@@ -61,6 +61,7 @@ def _gpt2_model(read: Reader, spec: ModelSpec) -> ModelSpec:
 
 GPT2 = Family(
     model_type="gpt2",
+    title="GPT-2",
     keys=frozen(**_SIZES),
     defaults=frozen(**_DEFAULTS),
     names=replace(_GPT, prefix="transformer."),
@@ -79,6 +80,7 @@ GPT2 = Family(
 
 GPTJ = Family(
     model_type="gptj",
+    title="GPT-J",
     keys=frozen(**_SIZES),
     defaults=frozen(
         **_DEFAULTS | {"max_position_embeddings": 2048, "tie_word_embeddings": False},
@@ -99,6 +101,7 @@ GPTJ = Family(
 
 GPT_NEOX = Family(
     model_type="gpt_neox",
+    title="GPT-NeoX, Pythia",
     keys=frozen(
         num_key_value_heads=(),
         rms_norm_eps=("layer_norm_eps",),
@@ -151,6 +154,7 @@ def _opt_model(read: Reader, spec: ModelSpec) -> ModelSpec:
 
 OPT = Family(
     model_type="opt",
+    title="OPT",
     keys=frozen(
         num_key_value_heads=(),
         intermediate_size=("ffn_dim",),

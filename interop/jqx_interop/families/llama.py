@@ -9,11 +9,17 @@ from .common import without_rope
 from .family import Family, frozen
 from .reader import Reader
 
-LLAMA = Family(model_type="llama", mlp_bias="mlp_bias", folds_rows=True)
+LLAMA = Family(
+    model_type="llama",
+    title="Llama 2, 3, 3.1, 3.2, 3.3; CodeLlama",
+    mlp_bias="mlp_bias",
+    folds_rows=True,
+)
 
 MISTRAL = replace(
     LLAMA,
     model_type="mistral",
+    title="Mistral 7B, Nemo, Small; Codestral",
     qkv_bias=False,
     out_bias=False,
     mlp_bias=False,
@@ -25,6 +31,7 @@ MISTRAL = replace(
 QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
+    title="Qwen2, Qwen2.5, QwQ",
     qkv_bias=True,
     out_bias=False,
     mlp_bias=False,
@@ -36,6 +43,7 @@ QWEN2 = replace(
 QWEN3 = replace(
     QWEN2,
     model_type="qwen3",
+    title="Qwen3 (dense)",
     qk_norm="head",
     folds_rows=True,
     qkv_bias="attention_bias",
@@ -64,6 +72,7 @@ def _granite_model(read: Reader, spec: ModelSpec) -> ModelSpec:
 GRANITE = replace(
     LLAMA,
     model_type="granite",
+    title="Granite 3",
     of_attention=_granite_attention,
     of_layer=_granite_layer,
     of_model=_granite_model,
@@ -82,6 +91,7 @@ def _smollm3_layer(read: Reader, kind: BlockKind, i: int) -> BlockKind:
 SMOLLM3 = replace(
     LLAMA,
     model_type="smollm3",
+    title="SmolLM3",
     windows="where_used",
     of_layer=_smollm3_layer,
     folds_rows=False,

@@ -15,6 +15,7 @@ from .rope import rotated
 
 NEMOTRON = Family(
     model_type="nemotron",
+    title="Nemotron, Minitron",
     keys=frozen(rms_norm_eps=("norm_eps",)),
     defaults=frozen(
         hidden_act="relu2",
@@ -77,6 +78,7 @@ def _or_less(row: Any, part: Mapping[str, Any]) -> Any:
 NEMOTRON_NAS = replace(
     LLAMA,
     model_type="nemotron-nas",
+    title="Llama-Nemotron Super and Ultra",
     keys=frozen(intermediate_size=(), num_key_value_heads=()),
     defaults=frozen(intermediate_size=_MULTIPLE, num_key_value_heads=None),
     of_layer=_nas_layer,

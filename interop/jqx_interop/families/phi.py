@@ -13,6 +13,7 @@ from .rope import rotated
 
 PHI = Family(
     model_type="phi",
+    title="Phi-1, Phi-1.5, Phi-2",
     keys=frozen(rms_norm_eps=("layer_norm_eps",)),
     defaults=frozen(hidden_act="gelu_new", rms_norm_eps=1e-5, partial_rotary_factor=0.5),
     names=Names(
@@ -39,6 +40,7 @@ PHI = Family(
 # Early files of long contexts call their scaling by other names.
 PHI3 = Family(
     model_type="phi3",
+    title="Phi-3 mini and medium, Phi-3.5, Phi-4",
     defaults=frozen(
         rms_norm_eps=1e-5,
         max_position_embeddings=4096,
@@ -94,6 +96,7 @@ def _small_model(read: Reader, spec: ModelSpec) -> ModelSpec:
 
 PHI3_SMALL = Family(
     model_type="phi3small",
+    title="Phi-3-small",
     keys=frozen(
         intermediate_size=("ff_intermediate_size", "intermediate_size"),
         rms_norm_eps=("layer_norm_epsilon",),

@@ -14,6 +14,7 @@ from .rope import rotated
 
 OLMO2 = Family(
     model_type="olmo2",
+    title="OLMo 2",
     defaults=frozen(rms_norm_eps=1e-5),
     norm="rms_once",
     layout="post",
@@ -31,6 +32,7 @@ def _full_without_rope(read: Reader, kind: BlockKind, i: int) -> BlockKind:
 
 EXAONE4 = Family(
     model_type="exaone4",
+    title="EXAONE 4",
     defaults=frozen(rms_norm_eps=1e-5, sliding_window=4096, sliding_window_pattern=4),
     layout="post",
     qkv_bias=False,
@@ -47,6 +49,7 @@ def _scaled_logits(read: Reader, spec: ModelSpec) -> ModelSpec:
 
 COHERE = Family(
     model_type="cohere",
+    title="Command R, R+; Aya",
     keys=frozen(rms_norm_eps=("layer_norm_eps",)),
     defaults=frozen(
         rms_norm_eps=1e-5,
@@ -64,6 +67,7 @@ COHERE = Family(
 COHERE2 = replace(
     COHERE,
     model_type="cohere2",
+    title="Command R7B, A",
     defaults=frozen(
         **{**COHERE.defaults, "rope_theta": 10000.0},
         sliding_window=4096,
@@ -76,6 +80,7 @@ COHERE2 = replace(
 
 STABLELM = Family(
     model_type="stablelm",
+    title="StableLM",
     keys=frozen(rms_norm_eps=("layer_norm_eps", "norm_eps")),
     defaults=frozen(rms_norm_eps=1e-5, max_position_embeddings=4096, partial_rotary_factor=0.25),
     names=Names(q_norm="self_attn.q_layernorm", k_norm="self_attn.k_layernorm"),
@@ -90,6 +95,7 @@ STABLELM = Family(
 
 STARCODER2 = Family(
     model_type="starcoder2",
+    title="StarCoder2",
     keys=frozen(rms_norm_eps=("norm_epsilon",)),
     defaults=frozen(
         hidden_act="gelu_pytorch_tanh",

@@ -27,11 +27,11 @@ class Scaling:
     needs: tuple[str, ...] = ()
     may: tuple[str, ...] = ()
     lists: tuple[str, ...] = ()
-    rest: Callable[[Given, float, float], dict[str, Any]] = lambda given, context, trained: {}
+    rest: Callable[[Given, Any, Any], dict[str, Any]] = lambda given, context, trained: {}
 
 
-def _yarn(given: Given, context: float, trained: float) -> dict[str, Any]:
-    def scale(by: float) -> float:
+def _yarn(given: Given, context: int | float, trained: int | float) -> dict[str, Any]:
+    def scale(by: int | float) -> float:
         return 0.1 * by * math.log(given["factor"]) + 1.0 if given["factor"] > 1 else 1.0
 
     magnitude, one, all_ = (given.get(k) for k in ("attention_factor", "mscale", "mscale_all_dim"))
@@ -46,7 +46,7 @@ def _yarn(given: Given, context: float, trained: float) -> dict[str, Any]:
     }
 
 
-def _longrope(given: Given, context: float, trained: float) -> dict[str, Any]:
+def _longrope(given: Given, context: int | float, trained: int | float) -> dict[str, Any]:
     factor = given.get("factor") or context / trained
     magnitude, more = given.get("attention_factor"), {}
     if magnitude is None:
@@ -78,7 +78,7 @@ SCALING: Mapping[str, Scaling] = MappingProxyType(
 _COMMON = ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
 
 
-def _trained(length: float) -> dict[str, Any]:
+def _trained(length: int | float) -> dict[str, Any]:
     return {"trained_length": int(length)}
 
 
