@@ -43,7 +43,7 @@ from .checkpoints import (
 )
 from .inventory import FLOATS
 from .orientation import matrix, straight, turned
-from .stored_checks import bad_numbers, kv_tensors, stored_problems
+from .stored_checks import KvTensor, bad_numbers, kv_tensors, stored_problems
 from .targets import RECIPROCALS, TARGETS, Said, Target, layout_of
 
 NOTE = "jqx:"
@@ -108,7 +108,9 @@ def read_params(
     """
     leaves: dict[str, Any] = {}
     problems: list[str] = []
-    beside = {t.name: t.stored(source.target).name for t in kv_tensors(source.spec, source.dtype)}
+    beside: dict[str, list[KvTensor]] = {}
+    for tensor in kv_tensors(source.spec, source.dtype):
+        beside.setdefault(tensor.owner, []).append(tensor)
     for name in names:
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and path in source.choices:
@@ -121,11 +123,9 @@ def read_params(
                     source.checkpoint.release(stored)
         else:
             leaves[name] = plain(source, name, cast)
-        if leaf == "weight":
-            for letter in "kv":
-                for extra in (f"{path}.{letter}_scale", f"{path}.{letter}_bias"):
-                    if extra in beside:
-                        leaves[extra] = _checked(source, beside[extra], problems)
+        for tensor in beside.get(path, ()) if leaf == "weight" else ():
+            stored = tensor.stored(source.target).name
+            leaves[tensor.name] = _checked(source, stored, problems)
     if problems:
         refuse(source.checkpoint.path, problems, "The checkpoint is damaged.")
     return unflatten(leaves)

@@ -81,12 +81,15 @@ def stored_problems(
 
 
 class KvTensor(NamedTuple):
-    """The scale or bias `leaf` of the keys or values that the linear `path` makes."""
+    """The scale or bias `leaf` of the keys or values that the linear `path` makes, or would make if
+    it were not one with others; `owner`: the linear that does.
+    """
 
     path: str
     leaf: str
     dtype: str
     shape: tuple[int, ...]
+    owner: str
 
     @property
     def name(self) -> str:
@@ -107,12 +110,14 @@ def kv_tensors(spec: ModelSpec, dtype: np.dtype) -> Iterator[KvTensor]:
         row = kind.attention
         if not isinstance(row, Attention):
             continue
-        for name, letter in ((spec.names.k, "k"), (spec.names.v, "v")):
-            path = f"{block_prefix(spec, i)}.{name}"
-            yield KvTensor(path, f"{letter}_scale", "F32", ())
+        prefix, names = block_prefix(spec, i), spec.names
+        for name, letter in ((names.k, "k"), (names.v, "v")):
+            path = f"{prefix}.{name}"
+            owner = path if row.qkv == "separate" else f"{prefix}.{names.qkv}"
+            yield KvTensor(path, f"{letter}_scale", "F32", (), owner)
             if KV_FORMATS[spec.kv_cache].affine:
                 shape = (1, row.kv_heads, 1, row.head_dim)
-                yield KvTensor(path, f"{letter}_bias", dtype_name(dtype), shape)
+                yield KvTensor(path, f"{letter}_bias", dtype_name(dtype), shape, owner)
 
 
 def bad_numbers(name: str, array: np.ndarray) -> str | None:

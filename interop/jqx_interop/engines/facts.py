@@ -246,6 +246,10 @@ def _is_codes(facts: Facts, name: str) -> bool:
     return leaf == "weight" and path in facts.linears and facts.linears[path].quantized
 
 
+KV_MAKERS = ("k_proj", "v_proj")
+"""What scales are named by, whether or not there are such linears."""
+
+
 def kv_leaves(facts: Facts) -> Iterator[tuple[str, str, TensorInfo]]:
     """Module, leaf and tensor of every scale and bias of keys and values."""
     for linear in facts.linears.values():
@@ -255,7 +259,8 @@ def kv_leaves(facts: Facts) -> Iterator[tuple[str, str, TensorInfo]]:
     for name, info in facts.rest.items():
         path, leaf = module_and_leaf(name)
         if leaf in KV_LEAVES:
-            yield path, leaf, info
+            parent, _, last = path.rpartition(".")
+            yield (parent if last in KV_MAKERS else path), leaf, info
 
 
 def is_known_leaf(leaf: str) -> bool:
