@@ -40,6 +40,7 @@ FORMATS = {
     "int8_sq": Row("int8_sq", (), 0.4),
     "int4_awq": Row("int4_awq --set block=32", (), 0.6),
     "w4a8_awq": Row("w4a8_awq --set block=32", (), 0.6),
+    "fp8-kv": Row("fp8 --kv-cache fp8", ("vllm", "sglang", "trtllm"), 0.3),
     "int8_sq-folded": Row("int8_sq --target compressed-tensors", ("vllm",), 0.4),
     "int4_awq-folded": Row("int4_awq --set block=32 --target awq", ("vllm",), 0.6),
 }

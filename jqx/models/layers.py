@@ -131,7 +131,8 @@ def _layer(params: Params, x: Array, eps: float, compute: Compute) -> Array:
 
 def _layer_plus_one(params: Params, x: Array, eps: float, compute: Compute) -> Array:
     # The sum is a number of the weight's own dtype.
-    return _layer({**params, "weight": params["weight"] + 1}, x, eps, compute)
+    weight = params["weight"]
+    return _layer({**params, "weight": round_to(wide(weight) + 1, weight.dtype)}, x, eps, compute)
 
 
 def _normalised(x: Array, eps: float) -> Array:

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jqx_kernels.bits import round_to
+
 from .spec import Alibi, Attention, Sparse
+
+_BF16 = jnp.dtype("bfloat16")
 
 
 class Sight(NamedTuple):
@@ -96,8 +100,8 @@ def _faded(alibi: Alibi, heads: Heads, keys: Array, last: Array) -> Array:
         p = position.astype(jnp.float32)[..., None, None, :]
         if not alibi.rounded:
             return slopes * p
-        short = slopes.astype(jnp.bfloat16) * p.astype(jnp.bfloat16)
-        return short.astype(jnp.float32)
+        # on the bits: the compiler may leave out casts to bfloat16 and back
+        return round_to(round_to(slopes, _BF16) * round_to(p, _BF16), _BF16)
 
     return at(keys) - at(last)
 
