@@ -33,6 +33,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--engine-model", help="a checkpoint in the place of the bundled one")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests tell with `record_property("told", line)`, such as how near they came."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    told = [text for report in reports for name, text in report.user_properties if name == "told"]
+    if told:
+        terminalreporter.section("told by tests")
+    for text in told:
+        terminalreporter.write_line(str(text))
+
+
 MAPPED = Path("/proc/self/maps")
 MOST_MAPPED = 30_000
 """Mappings of memory; a process may have 65,530 by default, and dies where a compiled program needs

@@ -4,7 +4,6 @@ scored.
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 import exports
@@ -12,13 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from damage import arrays
+from whole_model import Whole
 
-import jqx_interop as ji
-from jqx.algorithms.simulate import simulate
-from jqx.formats import find_format
-from jqx.models import forward
-from jqx.transforms import observe, probe, probes
+from jqx.transforms import probe
 from jqx_interop.auto import (
     AutoSettings,
     Limit,
@@ -47,47 +42,6 @@ def model(tmp_path_factory):
 
 def settings(model, **more):
     return Settings(calib=model.with_name("ids.npy"), **more)
-
-
-@partial(jax.jit, static_argnames=("kind",))
-def change_of(x, w, most, *, kind):
-    """What becomes different in outputs as ModelOpt simulates them."""
-    fmt = find_format(kind)
-    bounds = (most, None) if kind == "fp8" else (None, most)
-    return simulate(x, fmt, *bounds) @ simulate(w, fmt).T - x @ w.T
-
-
-class Whole:
-    """The model in one piece: logits, inputs of linears, and what they change."""
-
-    def __init__(self, model, ids, groups):
-        self.loaded, self.ids, self.tensors = ji.load(model), ids, arrays(model)
-        self.names = [f"{path}.weight" for group in groups for path in group]
-        keep = lambda use, x: x if use.op == "dot" and use.path in self.names else None  # noqa: E731
-        met = jax.jit(observe(self.logits, keep, merge=lambda a, b: a))
-        self.log_p = jax.jit(lambda *args: jax.nn.log_softmax(probe(self.logits)(*args)))
-        self.inputs = [met(self.loaded.params, batch)[1] for batch in ids]
-
-    def logits(self, params, ids):
-        return forward(self.loaded.spec, params, ids)
-
-    def added(self, number):
-        return probes(self.logits, self.loaded.params, self.ids[number], paths=self.names)
-
-    def change(self, number, path, kind):
-        """What becomes different in the outputs of one linear, as its probe lies."""
-        name = f"{path}.weight"
-        w = jnp.asarray(self.tensors[name])
-        most = jnp.float32(max(float(jnp.max(jnp.abs(part[name]))) for part in self.inputs))
-        x = self.inputs[number][name].reshape(-1, w.shape[1])
-        return change_of(x, w, most, kind=kind)
-
-    def probed(self, number, changes):
-        added = dict(self.added(number))
-        for path, change in changes.items():
-            name = f"{path}.weight"
-            added[name] = (change.reshape(added[name][0].shape),)
-        return self.log_p(self.loaded.params, added, self.ids[number])
 
 
 @pytest.mark.parametrize("wave", [divergences.WAVE_BYTES, 1], ids=["one wave", "waves"])

@@ -22,12 +22,11 @@ from test_save import content
 from test_save import refused as unsaved
 
 import jqx_interop as ji
-from jqx.models import FLOAT32, forward
+from jqx.models import FLOAT32, forward, linear_shapes
 from jqx.models.generate import Session
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten, unflatten
 from jqx_interop.stored import open_model
-from jqx_interop.stored_checks import linear_shapes
 
 INNER, OUTER = (f"{DOWN}.weight_quantizer._svdquant_lora_{letter}" for letter in "ab")
 Q = "model.layers.0.self_attn.q_proj"

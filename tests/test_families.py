@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading config.json: both layouts, defaults, and refusals that name what is wrong."""
 
+import copy
+
 import pytest
+from tiny_families import CONFIGS, ONE_EACH
 
 from jqx import InputError
 from jqx.models import Rope
@@ -120,7 +123,10 @@ def test_gemma_is_tied_scaled_and_uses_the_gelu_it_was_trained_with():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "lama"}, ["unknown model_type 'lama'", "nearest: llama", "known: gemma, "]),
+        (
+            {"model_type": "lama"},
+            ["unknown model_type 'lama'", "nearest: llama", "known: baichuan, "],
+        ),
         ({"model_type": "zzz"}, ["unknown model_type 'zzz'; known: "]),
         ({"model_type": None}, ["no model_type"]),
         ({"hidden_size": None, "vocab_size": None}, ["lacks vocab_size, hidden_size"]),
@@ -129,7 +135,7 @@ def test_gemma_is_tied_scaled_and_uses_the_gelu_it_was_trained_with():
         ({"num_key_value_heads": 3}, ["num_attention_heads = 4", "num_key_value_heads = 3"]),
         ({"hidden_size": 33}, ["hidden_size = 33", "head_dim"]),
         ({"hidden_act": "mish"}, ["'mish'", "silu"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_type 'yarn'", "llama3"]),
+        ({"rope_scaling": {"type": "ntk", "factor": 4.0}}, ["rope_type 'ntk'", "llama3"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["linear", "lacks factor"]),
         ({"rope_parameters": {"rope_theta": 1e4, "beta_fast": 32}}, ["beta_fast = 32"]),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["0.5"]),
@@ -159,11 +165,78 @@ def test_what_is_not_understood_is_refused_by_name(changes, words):
 @pytest.mark.parametrize("model_type", list(FAMILIES))
 def test_keys_that_change_nothing_are_let_through(model_type):
     bookkeeping = {
-        "architectures": ["X"],
         "torch_dtype": "bfloat16",
         "attention_dropout": 0.0,
         "quantization_config": None,
         "rope_scaling": None,
         "pretraining_tp": 1,
     }
-    assert read(model_type=model_type, **bookkeeping) == read(model_type=model_type)
+    config = CONFIGS[ONE_EACH[model_type]]
+    assert spec_from_config(bookkeeping | config) == spec_from_config(config)
+
+
+UNREAD = {
+    "attn_logit_softcapping": 50.0,
+    "attention_multiplier": 0.5,
+    "residual_multiplier": 0.5,
+    "clip_qkv": 8.0,
+    "qk_layernorm": True,
+    "use_parallel_residual": True,
+    "block_configs": [{}],
+    "n_routed_experts": 8,
+    "kv_lora_rank": 16,
+    "add_cross_attention": True,
+    "prefix_lm": True,
+    "attention_chunk_size": 8,
+    "quantization_config": {"quant_method": "fp8"},
+}
+
+
+READ = {
+    "gemma2": {"attn_logit_softcapping"},
+    "gemma3_text": {"attn_logit_softcapping"},
+    "granite": {"attention_multiplier", "residual_multiplier"},
+    "gpt_neox": {"use_parallel_residual"},
+    "stablelm": {"use_parallel_residual", "qk_layernorm"},
+    "phi": {"qk_layernorm"},
+    "nemotron-nas": {"block_configs"},
+}
+
+
+@pytest.mark.parametrize("key", UNREAD)
+@pytest.mark.parametrize("model_type", list(FAMILIES))
+def test_what_other_families_have_is_refused_by_name(model_type, key):
+    if key not in READ.get(model_type, ()):
+        with pytest.raises(InputError, match=key):
+            spec_from_config({**CONFIGS[ONE_EACH[model_type]], key: UNREAD[key]})
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "words"),
+    [
+        ("mpt", {"attn_config": {"alibi": False}}, ["alibi = False", "attn_config"]),
+        ("mpt", {"attn_config": {"qk_ln": True}}, ["qk_ln = True"]),
+        ("chatglm", {"rmsnorm": False}, ["rmsnorm = False", "'chatglm'"]),
+        ("chatglm", {"ffn_hidden_size": None}, ["lacks ffn_hidden_size"]),
+        ("gptj", {"rotary_dim": 5}, ["rotary"]),
+        ("phi", {"partial_rotary_factor": 3.0}, ["partial_rotary_factor 3.0"]),
+        ("smollm3", {"no_rope_layers": [1, 0]}, ["no_rope_layers has 2 entries for 4 layers"]),
+        ("cohere2", {"layer_types": ["chunked_attention"] * 4}, ["chunked_attention"]),
+        ("nemotron_nas", {"block_configs": [{}]}, ["block_configs is no list of 6 layers"]),
+        ("phi3small", {"blocksparse_homo_head_pattern": True}, ["blocksparse_homo_head_pattern"]),
+        ("phi3", {"rope_scaling": {"type": "longrope"}}, ["lacks short_factor, long_factor"]),
+        ("phi3_long", {"partial_rotary_factor": 0.5}, ["4 numbers short_factor for 2 pairs"]),
+        ("opt", {"layer_norm_elementwise_affine": False}, ["layer_norm_elementwise_affine"]),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused_by_name(case, changes, words):
+    with pytest.raises(InputError) as raised:
+        spec_from_config({**CONFIGS[case], **changes})
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_a_window_that_a_layer_of_nemotron_nas_asks_for_is_refused():
+    blocks = copy.deepcopy(CONFIGS["nemotron_nas"]["block_configs"])
+    blocks[3]["attention"]["window_length"] = 4
+    with pytest.raises(InputError, match=r"block_configs\[3\].attention sets window_length = 4"):
+        spec_from_config({**CONFIGS["nemotron_nas"], "block_configs": blocks})

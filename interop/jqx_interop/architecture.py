@@ -2,9 +2,11 @@
 """The architecture of a checkpoint: what its configuration describes, and what its tensors add."""
 
 import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from jqx.errors import InputError
-from jqx.models import ModelSpec
+from jqx.models import ModelSpec, named_as
 
 from .checkpoints import Checkpoint
 from .families import spec_from_config
@@ -17,10 +19,15 @@ def optional_tensors(spec: ModelSpec) -> tuple[str, ...]:
     return (*spec.names.buffers, *head)
 
 
+def spec_for(config: Mapping[str, Any], tensors: Collection[str]) -> ModelSpec:
+    """What a configuration describes, with the names that these tensors have."""
+    return named_as(spec_from_config(config), tensors)
+
+
 def spec_of(checkpoint: Checkpoint, *, must: bool) -> ModelSpec | None:
     """What the configuration describes; None if that is not defined here and need not be."""
     try:
-        return spec_from_config(checkpoint.config)
+        return spec_for(checkpoint.config, checkpoint.tensors)
     except InputError as error:
         if must:
             raise InputError(f"{checkpoint.path}: {error}") from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jqx import models
 from jqx.models import ModelSpec, block_prefix, kinds
 
 from .checkpoints import TensorOut, dtype_name
@@ -42,10 +43,12 @@ class Attention:
 
 
 def attentions_of(spec: ModelSpec, inventory: Inventory) -> Iterable[Attention]:
-    """The attention of every block, in order."""
+    """The attention of every block that has one, in order."""
     names = spec.names
     for i, (unit, kind) in enumerate(zip(inventory.blocks, kinds(spec), strict=True)):
         prefix, row = block_prefix(spec, i), kind.attention
+        if not isinstance(row, models.Attention):
+            continue
         yield Attention(
             path=f"{prefix}.{names.k.rpartition('.')[0]}",
             unit=unit,

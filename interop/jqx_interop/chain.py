@@ -11,9 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from jqx.models import Compute, ModelSpec, embed
+from jqx.models import Compute, ModelSpec, embed, embed_tensors
 from jqx.tensors.paths import unflatten
 
 from .device import callers
@@ -35,17 +35,19 @@ def rows_per_call(n: int, tokens: int, batch_size: int) -> int:
 
 def embed_rows(
     spec: ModelSpec,
-    table: Float[np.ndarray, "v k"],
+    read: Callable[[str], np.ndarray],
     ids: Int[np.ndarray, "n t"],
     hidden: HiddenStates,
     compute: Compute,
 ) -> None:
-    """Put the embeddings of `ids` into `hidden`, which is then before block 0. Only the rows of
-    `table` that occur are read.
+    """Put the embeddings of `ids` into `hidden`, which is then before block 0. `read` gives tensors
+    by name; of the table of embeddings only the rows that occur are read.
     """
     used, inverse = np.unique(ids, return_inverse=True)
     rows = inverse.reshape(ids.shape).astype(np.int32)
-    params = unflatten({f"{spec.names.embed}.weight": jnp.asarray(table[used])})
+    table, *others = embed_tensors(spec)
+    leaves = {table: jnp.asarray(read(table)[used])}
+    params = unflatten(leaves | {name: jnp.asarray(read(name)) for name in others})
     hidden.block = -1
     for i, part in enumerate(hidden.batches(rows)):
         hidden.put(i, embed(spec, params, jnp.asarray(part), compute))

@@ -4,7 +4,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from jqx.algorithms.table import check_applicable, needed, variant_of
+from jqx.algorithms.table import ALGORITHMS, check_applicable, needed, params_of, variant_of
 from jqx.config import INPUT_FORMATS, Choice, QuantConfig, resolve
 from jqx.errors import InputError
 from jqx.formats import check_divides, find_format
@@ -36,6 +36,12 @@ def input_bound(config: QuantConfig, choice: Choice) -> float | None:
     if config.algorithm is None or choice.input is None:
         return None
     return INPUT_FORMATS[choice.input].bound
+
+
+def low_rank_of(config: QuantConfig) -> int:
+    """The rank of low-rank parts, 0 where there are none."""
+    rows = [params_of(step) for step in config.steps if ALGORITHMS[step.method].variant == "svd"]
+    return int(getattr(rows[-1], "lowrank", 0))
 
 
 def apply_options(config: QuantConfig, settings: Settings) -> QuantConfig:

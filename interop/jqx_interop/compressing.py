@@ -20,6 +20,7 @@ from jqx.tensors.paths import unflatten
 
 from .checkpoints import open_checkpoint
 from .job import Job, decide
+from .orientation import turned
 from .recipe_files import recipe_of
 from .searched import Search
 from .settings import Settings
@@ -52,7 +53,8 @@ def compressed(job: Job, names: Iterable[str]) -> Iterator[tuple[str, QTensor]]:
     for group in linear_groups(job, names):
         found = Search(job, [group], {}).compressed() if searched else stored_group(job, group)
         for path, q in found:
-            yield f"{path}.weight", jax.tree.map(lambda leaf: copied(np.asarray(leaf)), q)
+            q = jax.tree.map(lambda leaf: copied(np.asarray(leaf)), q)
+            yield f"{path}.weight", turned(job.spec, path, q)
             job.checkpoint.release(path + ".weight")
 
 

@@ -18,6 +18,7 @@ from jqx.errors import InputError, nearest
 
 from .checkpoints import ShardWriter, TensorOut, Workspace, plan_shards, refuse, small_files, told
 from .describe import describe
+from .orientation import laid, laid_outputs, matrix
 from .progress import Progress, Silent
 from .saving import in_module_order, unquantized
 from .stored import NOTE, SCALARS, Source, exact_notes, gathered, open_model, stored_arrays
@@ -163,8 +164,9 @@ def _outputs(source: Source, row: Target) -> Iterator[TensorOut]:
     linears: dict[str, list[TensorOut]] = {}
     for path, choice in source.choices.items():
         static = any(f"{path}.{leaf}" in have for leaf in ("input_scale", "input_global_scale"))
-        given = (choice, shapes[f"{path}.weight"], source.dtype, static)
-        linears[path] = row.outputs(path, *given)
+        shape = matrix(source.spec, path, shapes[f"{path}.weight"])
+        found = row.outputs(path, choice, shape, source.dtype, static)
+        linears[path] = laid_outputs(source.spec, path, found)
     cached = list(kv_tensors(source.spec, source.dtype))
     yield from in_module_order(shapes, linears, cached, row, lambda name: _as_it_is(source, name))
     known = {*shapes, *(tensor.stored(source.target).name for tensor in cached)}
@@ -184,7 +186,7 @@ def _arrays(source: Source, row: Target, progress: Progress) -> Iterator[tuple[s
     exact, left = exact_notes(checkpoint), set(checkpoint.tensors)
     for path in source.choices:
         q = gathered(source, path, stored_arrays(source, path))
-        for name, array in row.named(path, q).items():
+        for name, array in laid(source.spec, path, row.named(path, q)).items():
             yield name, np.asarray(exact.get(name, array)).reshape(np.shape(array))
         names = [name for leaf in source.target.leaves if (name := f"{path}.{leaf}") in left]
         _done(source, names, progress)

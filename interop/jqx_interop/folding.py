@@ -75,19 +75,21 @@ def fold_all(spec: ModelSpec, choices: Mapping[str, Choice], *, values: bool) ->
     norms, rows, shares = {}, {}, {}
     for prefix, kind in _blocks(spec):
         for norm, members in _readers(spec, kind, prefix):
-            found = {choices.get(path) for path in members}
-            if len(found) == 1 and None not in found:
+            chosen = {choices.get(path) for path in members}
+            if len(chosen) == 1 and None not in chosen:
                 norms |= dict.fromkeys(members, norm)
-        reader, maker, shared = value_reader(spec, kind)
-        pairs = {f"{prefix}.{a}": f"{prefix}.{b}" for a, b in row_feeders(spec, kind).items()}
-        pairs.pop(f"{prefix}.{reader}", None)
-        if values:
-            pairs[f"{prefix}.{reader}"] = f"{prefix}.{maker}"
-        for source, target in pairs.items():
-            if source in choices and target in choices:
-                rows[source] = target
-        if f"{prefix}.{reader}" in rows:
-            shares[f"{prefix}.{reader}"] = shared
+        feeders = row_feeders(spec, kind)
+        found = value_reader(spec, kind)
+        if found is not None:
+            reader, maker, shared = found
+            feeders.pop(reader, None)
+            if values:
+                feeders[reader] = maker
+                shares[f"{prefix}.{reader}"] = shared
+        for source, target in feeders.items():
+            if f"{prefix}.{source}" in choices and f"{prefix}.{target}" in choices:
+                rows[f"{prefix}.{source}"] = f"{prefix}.{target}"
+    shares = {path: shared for path, shared in shares.items() if path in rows}
     return Folds(norms=norms, rows=rows, plus_one=_plus_one(spec, norms), values=shares, every=True)
 
 

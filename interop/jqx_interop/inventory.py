@@ -13,7 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jqx.models import ModelSpec, block_prefix, input_groups, kinds, param_shapes
+from jqx.models import (
+    ModelSpec,
+    block_prefix,
+    embed_tensors,
+    input_groups,
+    kinds,
+    linear_shapes,
+    param_shapes,
+)
 from jqx.tensors.paths import natural_key
 
 from .checkpoints import Checkpoint
@@ -83,9 +91,8 @@ def take_inventory(checkpoint: Checkpoint, spec: ModelSpec | None) -> Inventory:
     """
     names = _known_order(checkpoint, spec) if spec else _by_name(checkpoint)
     units = _units(names)
-    prefixes = {block_prefix(spec, i) for i in range(len(kinds(spec)))} if spec else set()
-    blocks = [i for i, unit in enumerate(units) if _block_of(unit[0]) in prefixes]
-    modules = tuple(_modules(checkpoint, names))
+    blocks = _place_blocks(spec, units) if spec else []
+    modules = tuple(_modules(checkpoint, names, spec))
     paths = [module.path for module in modules if module.kind == "linear"]
     return Inventory(
         tensors=tuple(names),
@@ -143,19 +150,49 @@ def _generates(checkpoint: Checkpoint, names: list[str]) -> bool:
     return not owned and any("CausalLM" in name or "LMHead" in name for name in classes)
 
 
-def _modules(checkpoint: Checkpoint, names: Iterable[str]) -> Iterable[Module]:
+def _place_blocks(spec: ModelSpec, units: list[tuple[str, ...]]) -> list[int]:
+    """The index in `units` of every block; one that owns no tensor gets a unit without any."""
+    at = {_block_of(unit[0]): i for i, unit in enumerate(units)}
+    blocks: list[int] = []
+    added = 0
+    for i in range(len(kinds(spec))):
+        found = at.get(block_prefix(spec, i))
+        if found is None:
+            last = blocks[-1] if blocks else len(embed_tensors(spec)) - 1
+            units.insert(last + 1, ())
+            blocks.append(last + 1)
+            added += 1
+        else:
+            blocks.append(found + added)
+    return blocks
+
+
+def _modules(
+    checkpoint: Checkpoint, names: Iterable[str], spec: ModelSpec | None
+) -> Iterable[Module]:
+    known = linear_shapes(spec) if spec else {}
     for name in names:
         path, _, leaf = name.rpartition(".")
         info = checkpoint.tensors[name]
-        if leaf == "weight" and len(info.shape) == 2 and info.dtype in FLOATS:
-            if EMBEDDINGS.search(path):
+        if path in known and leaf == "weight":
+            if info.dtype in FLOATS:
+                yield Module(path=path, kind="linear", shape=known[path], dtype=info.dtype)
+        elif leaf == "weight" and len(info.shape) == 2 and info.dtype in FLOATS:
+            if EMBEDDINGS.search(path) or (spec is not None and path in projections(spec)):
                 own = checkpoint.config.get("model_type") in SCALED_EMBEDDINGS
                 if own or OWN_POSITIONS.search(path):
                     continue
                 kind = "embedding"
+            elif spec is not None:  # a norm of each head
+                continue
             else:
                 kind = "linear"
             yield Module(path=path, kind=kind, shape=tuple(info.shape), dtype=info.dtype)
+
+
+def projections(spec: ModelSpec) -> tuple[str, ...]:
+    """What changes the width of embeddings, which is not calibrated."""
+    return () if spec.embed_width is None else (spec.names.project_in, spec.names.project_out)
 
 
 def _siblings(paths: list[str]) -> tuple[tuple[str, ...], ...]:

@@ -2,19 +2,20 @@
 """What one run will do, decided before it begins, from config.json and tensor headers."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from jqx.algorithms.table import ALGORITHMS, params_of, variant_of
+from jqx.algorithms.table import variant_of
 from jqx.config import KV_FORMATS, Choice, KVFormat, QuantConfig
 from jqx.errors import InputError, nearest
 from jqx.formats import find_format
 from jqx.models import ModelSpec, param_shapes
 from jqx.recipes import Recipe, find_kv, find_recipe, with_kv
+from jqx.tensors import QTensor
 
 from .architecture import optional_tensors, own_head, spec_of
 from .attentions import Attention, attentions_of
@@ -32,11 +33,13 @@ from .choices import (
     calibrated,
     choices_for,
     input_bound,
+    low_rank_of,
     refuse_unheard,
     wanted_kinds,
 )
 from .folding import Folds, fold_all, plan_folds
 from .inventory import FLOATS, KEPT, Inventory, Module, take_inventory
+from .orientation import laid, laid_outputs
 from .outlines import open_outline
 from .settings import Settings
 from .targets import (
@@ -114,8 +117,8 @@ class Job:
         """Which norms and linears take the factors of others."""
         if not self.fold or self.spec is None:
             return plan_folds(self.spec, self.choices)
-        affine = self.kv is not None and self.kv_format.affine
-        return fold_all(self.spec, self.scaled, values=not affine)
+        values = self.kv is None or not self.kv_format.affine
+        return fold_all(self.spec, self.scaled, values=values)
 
     @property
     def fold(self) -> bool:
@@ -125,12 +128,12 @@ class Job:
     @cached_property
     def scaled(self) -> dict[str, Choice]:
         """The quantized linears whose algorithm scales input channels."""
-        steps = self.config.steps
-        return {
-            path: choice
-            for path, choice in self.choices.items()
-            if variant_of(steps, find_format(choice.weight or "")) in ("awq", "smooth")
-        }
+
+        def scales(choice: Choice) -> bool:
+            variant = variant_of(self.config.steps, find_format(choice.weight or ""))
+            return variant in ("awq", "smooth")
+
+        return {path: choice for path, choice in self.choices.items() if scales(choice)}
 
     @property
     def searches(self) -> bool:
@@ -141,8 +144,8 @@ class Job:
 
     def shares(self, path: str) -> bool:
         """Whether linears that read the same input share tensor scales and factors with `path`."""
-        algo, choice = find_algo(self.choices[path]), self.choices[path]
-        if choice.weight == "fp8" and self.settings.unify_fp8:
+        algo = find_algo(self.choices[path])
+        if self.choices[path].weight == "fp8" and self.settings.unify_fp8:
             return True
         folded = self.fold and path in self.scaled  # a norm takes one factor for all that read it
         return folded or (algo is not None and algo.unified)
@@ -179,18 +182,24 @@ class Job:
         """The tensors of one quantized linear."""
         module, choice = self.modules[path], self.choices[path]
         has_input_scale = input_bound(self.config, choice) is not None
-        found = self.target.outputs(path, choice, module.shape, self.dtype, has_input_scale)
+        like = (choice, module.shape, self.dtype, has_input_scale)
+        found = laid_outputs(self.spec, path, self.target.outputs(path, *like))
         if choice.variant is not None and self.folds.keeps(path):
             found.append(input_factor(path, module.shape, self.dtype))
         if choice.variant == "svd":
-            found += low_rank_factors(path, module.shape, _rank(self.config), self.dtype)
+            found += low_rank_factors(path, module.shape, low_rank_of(self.config), self.dtype)
         return found
+
+    def named(self, path: str, q: QTensor) -> Iterator[tuple[str, np.ndarray]]:
+        """The named arrays of a linear, as they lie in files."""
+        found = laid(self.spec, path, self.target.named(path, q))
+        return ((name, np.asarray(array)) for name, array in found.items())
 
     @property
     def unquantized(self) -> tuple[str, ...]:
         """Every module that could have been quantized and is not."""
-        kept = [m.path for m in self.inventory.modules if m.path not in self.choices]
-        return (*kept, *self.inventory.absent)
+        paths = (*(m.path for m in self.inventory.modules), *self.inventory.absent)
+        return tuple(path for path in paths if path not in self.choices)
 
 
 def prepare(
@@ -217,7 +226,7 @@ def prepare(
             "algorithm, or --no-fold with --target modelopt"
         )
     searched = [step.method for step in job.config.steps if step.method != "max"]
-    if settings.low_memory and searched:
+    if searched and settings.low_memory:
         raise InputError(
             "--low-memory compresses weights before any input is met, and "
             f"{', '.join(searched)} chooses more than the largest magnitudes: leave --low-memory "
@@ -257,8 +266,8 @@ def decide(
     if kv is not None and kv not in target.kv_formats and not in_memory:
         held = f"keys and values in {', '.join(target.kv_formats)}, not in {kv}"
         raise InputError(f"{target.name} holds {held if target.kv_formats else _NO_KV}")
-    fold = _folds(settings)
-    choices = choices_for(config, inventory, row.name, None if in_memory else target, fold=fold)
+    written = None if in_memory else target
+    choices = choices_for(config, inventory, row.name, written, fold=_folds(settings))
     _refuse_idle(settings, choices)
     return Job(
         checkpoint=checkpoint,
@@ -294,19 +303,13 @@ def _folds(settings: Settings) -> bool:
 def _refuse_unreached(job: Job) -> None:
     """Calibration runs the blocks, so it meets no inputs of linears outside of them."""
     inside = {name for unit in job.inventory.blocks for name in job.inventory.units[unit]}
-    recorded = job.settings.activations is not None or job.settings.stats is not None
-    for path, choice in job.choices.items() if not recorded else ():
+    met = job.settings.activations is None and job.settings.stats is None
+    for path, choice in job.choices.items() if met else ():
         if wanted_kinds(job.config, choice) and path + ".weight" not in inside:
             raise InputError(
                 f"the inputs of {path} are not calibrated here, only those of linears in blocks; "
                 "quantize its weight alone, leave it out, or record its inputs for --activations"
             )
-
-
-def _rank(config: QuantConfig) -> int:
-    """The rank of low-rank parts."""
-    rows = [params_of(step) for step in config.steps if ALGORITHMS[step.method].variant == "svd"]
-    return int(getattr(rows[-1], "lowrank", 0))
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from jqx.algorithms.table import ALGORITHMS, applicable
 from jqx.formats import find_format
-from jqx.models import ModelSpec
+from jqx.models import Attention, Mlp, ModelSpec, block_shapes
 from jqx.tensors.paths import owner_of
 
 from .chain import ROWS_PER_CALL
@@ -156,17 +156,12 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
     if not tokens or job.spec is None:
         return PROCESS + encoding, 0
     carrier = np.dtype(compute_of(job.settings.compute, job.dtype).carrier).itemsize
-    kind = job.spec.blocks[0]
     block, at_once = block_parameters(job.spec) * carrier, callers()
     if job.settings.low_memory:
         block, at_once = _compressed_block(job, carrier), 1
     hidden = tokens * job.spec.hidden * carrier
     spilled = hidden if hidden > parse_size(job.settings.max_memory) else 0
-    widths = (
-        6 * job.spec.hidden
-        + 3 * kind.mlp.inner
-        + 4 * kind.attention.heads * kind.attention.head_dim
-    )
+    widths = working_width(job.spec)
     rows = max(ROWS_PER_CALL, job.settings.calib_seq * max(job.settings.batch_size, 1))
     calls = at_once * min(tokens, rows) * widths * 4
     memory = PROCESS + COMPILER + block + hidden - spilled + calls + encoding
@@ -208,12 +203,22 @@ def _searching(job: Job, largest: int) -> int:
 def block_parameters(spec: ModelSpec) -> int:
     """Weights of the largest block."""
 
-    def count(i: int) -> int:
-        attention, mlp = spec.blocks[i].attention, spec.blocks[i].mlp
-        projections = 2 * (attention.heads + attention.kv_heads) * attention.head_dim
-        return spec.hidden * (projections + 3 * mlp.inner)
+    shapes = (block_shapes(spec, kind).values() for kind in set(spec.blocks))
+    return max(sum(math.prod(s) for s in block if len(s) == 2) for block in shapes)
 
-    return max(count(i) for i in range(len(spec.blocks)))
+
+def working_width(spec: ModelSpec) -> int:
+    """Numbers for each token that a block computes with at most."""
+    attentions = [k.attention for k in spec.blocks if isinstance(k.attention, Attention)]
+    inner = max((k.mlp.inner for k in spec.blocks if isinstance(k.mlp, Mlp)), default=0)
+    heads = max((row.heads * row.head_dim for row in attentions), default=0)
+    return 6 * spec.hidden + 3 * inner + 4 * heads
+
+
+def score_operations(spec: ModelSpec, tokens: int, length: int) -> int:
+    """Those of the scores of all layers, for `tokens` in texts of `length`."""
+    rows = (k.attention for k in spec.blocks if isinstance(k.attention, Attention))
+    return sum(2 * tokens * length * row.heads * row.head_dim for row in rows)
 
 
 def _seconds(job: Job, tokens: int) -> float:
@@ -229,9 +234,8 @@ def _seconds(job: Job, tokens: int) -> float:
     if tokens and job.spec is not None:
         rate = product_rate()
         blocks = len(job.spec.blocks)
-        row = job.spec.blocks[0].attention
-        scores = 2 * tokens * job.settings.calib_seq * row.heads * row.head_dim
-        seconds += blocks * (2 * block_parameters(job.spec) * tokens + 4 * scores) / rate
+        scores = score_operations(job.spec, tokens, job.settings.calib_seq)
+        seconds += (blocks * 2 * block_parameters(job.spec) * tokens + 4 * scores) / rate
     if work := _search_operations(job):
         seconds += SEARCH_STARTUP + work / product_rate()
     return seconds

@@ -21,9 +21,22 @@ import numpy as np
 from jqx.algorithms.hadamard import rotation
 from jqx.algorithms.rotate import Role, axes_of, effective_gain, rotate_leaf, stream_width
 from jqx.errors import InputError
-from jqx.models import GAIN_OFFSETS, BlockKind, ModelSpec, block_prefix, kinds, param_shapes
+from jqx.models import (
+    GAIN_OFFSETS,
+    LAYOUTS,
+    ROOT_MEAN_SQUARES,
+    Attention,
+    BlockKind,
+    Mlp,
+    ModelSpec,
+    block_prefix,
+    kinds,
+    norm_readers,
+    param_shapes,
+    value_reader,
+)
 
-from .architecture import optional_tensors, own_head
+from .architecture import optional_tensors, own_head, spec_for
 from .checkpoints import (
     Checkpoint,
     ShardWriter,
@@ -35,7 +48,6 @@ from .checkpoints import (
     small_files,
     told,
 )
-from .families import spec_from_config
 from .job import refuse_quantized
 from .progress import Progress, Silent
 from .weights import checked_amax
@@ -94,7 +106,7 @@ def rotate(
         "out": str(out),
         "bytes": sum(plan.size for plan in plans),
         "channels": width,
-        "head_dim": sorted({kind.attention.head_dim for kind in kinds(spec)}),
+        "head_dim": sorted(_head_dims(spec)),
         "seed": seed,
         "head": "its own" if given.tied else "as before",
     }
@@ -107,9 +119,7 @@ def roles_of(spec: ModelSpec) -> dict[str, Role]:
     Raises InputError for norms that subtract a mean or add a bias.
     """
     names = spec.names
-    for norm in (spec.final_norm, *(kind.norm for kind in kinds(spec))):
-        if norm.kind not in GAIN_OFFSETS:
-            raise InputError(f"norms of kind {norm.kind} are not the same in another basis")
+    _refuse_bound(spec)
     found = {f"{names.embed}.weight": Role("embedding")}
     for i, kind in enumerate(kinds(spec)):
         found |= _block_roles(spec, kind, block_prefix(spec, i))
@@ -119,28 +129,52 @@ def roles_of(spec: ModelSpec) -> dict[str, Role]:
     return {name: role for name, role in found.items() if name in shapes}
 
 
+def _head_dims(spec: ModelSpec) -> set[int]:
+    rows = (kind.attention for kind in kinds(spec))
+    return {row.head_dim for row in rows if isinstance(row, Attention)}
+
+
+def _refuse_bound(spec: ModelSpec) -> None:
+    """Raise InputError for what is not the same in another basis."""
+    if spec.final_norm is None or spec.positions or spec.embed_norm or spec.embed_width:
+        raise InputError(
+            "embeddings that are more than one table are not the same in another basis"
+        )
+    norms = (spec.final_norm, *(kind.norm for kind in kinds(spec)))
+    for kind in (norm.kind for norm in norms if norm.kind not in ROOT_MEAN_SQUARES):
+        raise InputError(f"norms of kind {kind} are not the same in another basis")
+    for kind in kinds(spec):
+        row = LAYOUTS[kind.layout]
+        if not row.before or row.after or kind.normed_residual:
+            raise InputError(
+                f"blocks of layout {kind.layout} have norms that no linear reads: they are not the "
+                "same in another basis"
+            )
+        whole = isinstance(kind.attention, Attention | None) and isinstance(kind.mlp, Mlp | None)
+        if kind.transposed or spec.unit_head or not whole:
+            raise InputError(f"a rotation of models of family {spec.family} is not defined here")
+
+
 def _block_roles(spec: ModelSpec, kind: BlockKind, prefix: str) -> dict[str, Role]:
-    names, size = spec.names, kind.attention.head_dim
-    before, after = (f"{prefix}.{name}.weight" for name in (names.input_norm, names.mlp_norm))
-    roles = {
-        f"{names.q}.weight": Role("reads", before),
-        f"{names.k}.weight": Role("reads", before),
-        f"{names.v}.weight": Role("values", before, size),
-        f"{names.v}.bias": Role("values_bias", head_dim=size),
-        f"{names.out}.weight": Role("writes_values", head_dim=size),
-        f"{names.out}.bias": Role("writes_bias"),
-        f"{names.gate}.weight": Role("reads", after),
-        f"{names.up}.weight": Role("reads", after),
-        f"{names.down}.weight": Role("writes"),
-        f"{names.down}.bias": Role("writes_bias"),
-    }
-    norms = {before: Role("norm"), after: Role("norm")}
-    return {f"{prefix}.{name}": role for name, role in roles.items()} | norms
+    names, roles = spec.names, {}
+    for norm, readers in norm_readers(spec, kind).items():
+        gain = f"{prefix}.{norm}.weight"
+        roles[f"{norm}.weight"] = Role("norm")
+        roles |= {f"{name}.weight": Role("reads", gain) for name in readers}
+    for name in (names.out, names.down):
+        roles |= {f"{name}.weight": Role("writes"), f"{name}.bias": Role("writes_bias")}
+    if (found := value_reader(spec, kind)) is not None:
+        reader, maker, (_, _, size) = found
+        gain = roles[f"{maker}.weight"].norm
+        roles[f"{maker}.weight"] = Role("values", gain, size)
+        roles[f"{maker}.bias"] = Role("values_bias", head_dim=size)
+        roles[f"{reader}.weight"] = Role("writes_values", head_dim=size)
+    return {f"{prefix}.{name}": role for name, role in roles.items()}
 
 
 def _spec(checkpoint: Checkpoint) -> ModelSpec:
     try:
-        spec = spec_from_config(checkpoint.config)
+        spec = spec_for(checkpoint.config, checkpoint.tensors)
     except InputError as error:
         raise InputError(f"{checkpoint.path}: {error}") from error
     check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
@@ -152,9 +186,9 @@ def _rotated(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The named arrays of the rotated model."""
     roles = roles_of(spec)
-    sizes = {kind.attention.head_dim for kind in kinds(spec)}
-    turns = {0: None} | {size: rotation(size, seed + 1) for size in sizes}
+    turns = {0: None} | {size: rotation(size, seed + 1) for size in _head_dims(spec)}
     stream = rotation(spec.hidden, seed)
+    assert spec.final_norm is not None
     plus_one = bool(GAIN_OFFSETS[spec.final_norm.kind])
     for name, source in sources.items():
         array, role = checkpoint.read(source), roles.get(name)

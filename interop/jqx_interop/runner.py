@@ -19,7 +19,15 @@ from jqx.algorithms import InputStats
 from jqx.calibration import AffineKV, affine_fold, affine_start, amax, input_amax, never_met
 from jqx.config import KVFormat
 from jqx.errors import InputError
-from jqx.models import BlockKind, Compute, ModelSpec, block, block_prefix, kinds
+from jqx.models import (
+    BlockKind,
+    Compute,
+    ModelSpec,
+    block,
+    block_prefix,
+    embed_tensors,
+    kinds,
+)
 from jqx.tensors.paths import unflatten
 from jqx.transforms import Use, observe
 
@@ -81,10 +89,9 @@ class Runner:
         return stats, {} if digest is None else {"hidden": digest}
 
     def _embed(self) -> None:
-        name = self._spec.names.embed + ".weight"
         ids = np.concatenate(self._data.batches)
-        table = read_tensor(self._job, name)
-        embed_rows(self._spec, table, ids, self._hidden, self._compute)
+        read = partial(read_tensor, self._job)
+        embed_rows(self._spec, read, ids, self._hidden, self._compute)
 
     def _run_block(self, i: int) -> BlockStats:
         """Take every state through block `i`; returns what its linears and its attention met."""
@@ -137,7 +144,7 @@ class Runner:
     def _blame(self, prefix: str, spoilt: list[str]) -> NoReturn:
         """Raise InputError for a weight that is not finite, else for the first spoilt input."""
         inside = [n for n in self._job.inventory.tensors if n.startswith(prefix + ".")]
-        for name in (f"{self._spec.names.embed}.weight", *inside):
+        for name in (*embed_tensors(self._spec), *inside):
             checked_amax(read_tensor(self._job, name), name)
         first = next((n for n in inside if n.removeprefix(prefix + ".") in spoilt), prefix)
         raise InputError(

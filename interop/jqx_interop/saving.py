@@ -15,7 +15,7 @@ import numpy as np
 
 from jqx.config import Choice
 from jqx.errors import nearest
-from jqx.models import ModelSpec, param_shapes
+from jqx.models import ModelSpec, linear_shapes, param_shapes
 from jqx.tensors import QTensor
 
 from .checkpoints import (
@@ -30,10 +30,11 @@ from .checkpoints import (
     told,
 )
 from .describe import describe
-from .inventory import SCALED_EMBEDDINGS
+from .inventory import OWN_POSITIONS, SCALED_EMBEDDINGS, projections
 from .model import Model
+from .orientation import laid, laid_outputs
 from .saving_checks import Content, beside_codes, content_of
-from .stored_checks import KvTensor, kv_tensors, linear_shapes
+from .stored_checks import KvTensor, kv_tensors
 from .targets import TARGETS, Target, companions
 
 
@@ -72,8 +73,9 @@ def _outputs(spec: ModelSpec, content: Content, target: str) -> Iterator[TensorO
     linears: dict[str, list[TensorOut]] = {}
     for path, choice in content.choices.items():
         q = content.leaves[f"{path}.weight"]
-        given = (choice, shapes[f"{path}.weight"], content.dtype, q.input_scale is not None)
-        linears[path] = row.outputs(path, *given) + beside_codes(path, q, content.dtype)
+        given = (choice, q.shape, content.dtype, q.input_scale is not None)
+        codes = laid_outputs(spec, path, row.outputs(path, *given))
+        linears[path] = codes + beside_codes(path, q, content.dtype)
     cached, dtype = kv_tensors(spec, content.dtype), dtype_name(content.dtype)
     return in_module_order(
         shapes, linears, cached, row, lambda name: TensorOut(name, dtype, shapes[name])
@@ -109,7 +111,8 @@ def _write_tensors(
     with ShardWriter(folder, plans) as writer:
         for name, leaf in content.leaves.items():
             if isinstance(leaf, QTensor):
-                for part, array in row.named(name.removesuffix(".weight"), leaf).items():
+                path = name.removesuffix(".weight")
+                for part, array in laid(model.spec, path, row.named(path, leaf)).items():
                     writer.write(part, np.asarray(array))
             elif name in cached:
                 stored = cached[name].stored(row)
@@ -139,4 +142,11 @@ def unquantized(
     modules = [path for path in linear_shapes(spec) if path not in choices]
     if config.get("model_type") not in SCALED_EMBEDDINGS:
         modules.append(spec.names.embed)
+        modules += [spec.names.positions] if _has_quantizer(spec) else []
+        modules += projections(spec)
     return [*modules, spec.names.head] if spec.tied else modules
+
+
+def _has_quantizer(spec: ModelSpec) -> bool:
+    """Whether there is a table of learned positions that ModelOpt would list."""
+    return spec.positions is not None and not OWN_POSITIONS.search(spec.names.positions)

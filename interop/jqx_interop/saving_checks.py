@@ -14,12 +14,13 @@ import numpy as np
 from jqx.config import Choice, base_format
 from jqx.errors import InputError
 from jqx.formats import Format, find_format, grid_shape
-from jqx.models import ModelSpec, block_prefix, input_groups, kinds, param_shapes
+from jqx.models import ModelSpec, block_prefix, input_groups, kinds, linear_shapes, param_shapes
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
 
 from .checkpoints import DTYPES, TensorOut, refuse
-from .stored_checks import kv_tensors, linear_shapes
+from .orientation import turned
+from .stored_checks import kv_tensors
 from .targets import Target, find_algo, holds, input_factor, low_rank_factors
 from .targets.modelopt import Algo
 
@@ -28,7 +29,8 @@ WAY_OUT = "Save the tree that load gave, or one like it."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Content:
-    """`leaves`: every leaf of the tree by name, parameters in module order first; `choices`: the
+    """`leaves`: every leaf of the tree by name, parameters in module order first, QTensors as
+    [n, k]; `choices`: the
     formats of the quantized linears in module order; `dtype`: that of the whole model.
     """
 
@@ -57,6 +59,9 @@ def content_of(
     ]
     linears = linear_shapes(spec)
     problems += [f"{path} is quantized and is no linear" for path in stored if path not in linears]
+    if not problems:
+        stored = {path: turned(spec, path, q) for path, q in stored.items()}
+        leaves |= {f"{path}.weight": q for path, q in stored.items()}
     choices: dict[str, Choice] = {}
     for path in linears if not problems else ():
         if path in stored:

@@ -34,7 +34,7 @@ from jqx.tensors import QTensor
 
 from .choices import input_bound
 from .job import Job
-from .weights import Groups, alike, checked_amax, one_scale, read_tensor
+from .weights import Groups, alike, checked_amax, one_scale, read_tensor, read_weight
 
 Named = tuple[str, np.ndarray]
 Steps = tuple[Algorithm, ...]
@@ -111,7 +111,7 @@ class Search:
         """
         job, weights, amax = self._job, {}, {}
         for path in group:
-            weights[path] = read_tensor(job, path + ".weight")
+            weights[path] = read_weight(job, path)
             amax[path] = checked_amax(weights[path], path + ".weight")
         for path in group:
             fmt, inputs = self._format(path), self._inputs.get(path, {})
@@ -239,8 +239,7 @@ class Search:
         self.facts[path] = {k: float(v) for k, v in linear.facts.items() if not np.ndim(v)}
         if job.settings.report:
             self.facts[path] |= self._measured(path, q)
-        named = job.target.named(path, q)
-        yield from ((name, np.asarray(array)) for name, array in named.items())
+        yield from job.named(path, q)
         job.checkpoint.release(path + ".weight")
 
     def _finished(self, path: str) -> tuple[Linear, QTensor]:
@@ -255,7 +254,7 @@ class Search:
     def _measured(self, path: str, q: QTensor) -> dict[str, float]:
         """How far the outputs of a stored linear are off, and what a report tells of its codes."""
         factor = self._factors.get(path, q.pre_quant_scale)
-        weight = jnp.asarray(read_tensor(self._job, path + ".weight"))
+        weight = jnp.asarray(read_weight(self._job, path))
         rows = self._row_factors.get(path)
         found = measure(q, weight, (factor, rows), dict(self._inputs.get(path, {})))
         return {name: float(value) for name, value in found.items()}

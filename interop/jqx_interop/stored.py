@@ -17,12 +17,20 @@ from jax.typing import DTypeLike
 
 from jqx.config import Choice
 from jqx.errors import InputError
-from jqx.models import Compute, ModelSpec, block_prefix, block_shapes, kinds, param_shapes
+from jqx.models import (
+    Compute,
+    ModelSpec,
+    block_prefix,
+    block_shapes,
+    kinds,
+    linear_shapes,
+    param_shapes,
+)
 from jqx.models.layers import module
 from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
 
-from .architecture import optional_tensors, own_head
+from .architecture import optional_tensors, own_head, spec_for
 from .checkpoints import (
     DTYPES,
     Checkpoint,
@@ -33,9 +41,9 @@ from .checkpoints import (
     read_beside,
     refuse,
 )
-from .families import spec_from_config
 from .inventory import FLOATS
-from .stored_checks import bad_numbers, kv_tensors, linear_shapes, stored_problems
+from .orientation import matrix, straight, turned
+from .stored_checks import KvTensor, bad_numbers, kv_tensors, stored_problems
 from .targets import RECIPROCALS, TARGETS, Said, Target, layout_of
 
 NOTE = "jqx:"
@@ -77,7 +85,7 @@ def open_model(model: str | Path) -> Source:
     checkpoint = open_checkpoint(model)
     try:
         plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        spec = spec_from_config(plain)
+        spec = spec_for(plain, checkpoint.tensors)
         spec, choices, target, dtype = _read(checkpoint, spec)
     except InputError as error:
         where, message = str(checkpoint.path), str(error)
@@ -100,24 +108,24 @@ def read_params(
     """
     leaves: dict[str, Any] = {}
     problems: list[str] = []
-    beside = {t.name: t.stored(source.target).name for t in kv_tensors(source.spec, source.dtype)}
+    beside: dict[str, list[KvTensor]] = {}
+    for tensor in kv_tensors(source.spec, source.dtype):
+        beside.setdefault(tensor.owner, []).append(tensor)
     for name in names:
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and path in source.choices:
             arrays = stored_arrays(source, path)
             problems += [*_problems(path, arrays), *_strange_bias(source, path)]
             q = gathered(source, path, arrays)
-            leaves[name] = jax.tree.map(copied, q)
+            leaves[name] = turned(source.spec, path, jax.tree.map(copied, q))
             for part in source.target.leaves:
                 if (stored := f"{path}.{part}") in source.checkpoint.tensors:
                     source.checkpoint.release(stored)
         else:
             leaves[name] = plain(source, name, cast)
-        if leaf == "weight":
-            for letter in "kv":
-                for extra in (f"{path}.{letter}_scale", f"{path}.{letter}_bias"):
-                    if extra in beside:
-                        leaves[extra] = _checked(source, beside[extra], problems)
+        for tensor in beside.get(path, ()) if leaf == "weight" else ():
+            stored = tensor.stored(source.target).name
+            leaves[tensor.name] = _checked(source, stored, problems)
     if problems:
         refuse(source.checkpoint.path, problems, "The checkpoint is damaged.")
     return unflatten(leaves)
@@ -129,7 +137,7 @@ def read_block(source: Source, i: int, compute: Compute) -> dict[str, Any]:
     """
     prefix = block_prefix(source.spec, i)
     names = [f"{prefix}.{name}" for name in block_shapes(source.spec, kinds(source.spec)[i])]
-    return dict(module(read_params(source, names, compute.carrier), prefix))
+    return dict(module(read_params(source, names, compute.carrier), prefix, {}))
 
 
 def _read(
@@ -159,10 +167,10 @@ def _read(
 
 
 def gathered(source: Source, path: str, arrays: Mapping[str, np.ndarray]) -> QTensor:
-    """The QTensor of the quantized linear `path` from its stored arrays. Raises InputError naming
-    it for what has no QTensor.
+    """The QTensor [n, k] of the quantized linear `path` from its stored arrays. Raises InputError
+    naming it for what has no QTensor.
     """
-    shape = source.shapes[f"{path}.weight"]
+    shape = matrix(source.spec, path, source.shapes[f"{path}.weight"])
     try:
         return source.target.gathered(arrays, source.choices[path], shape, source.dtype)
     except InputError as error:
@@ -181,6 +189,8 @@ def stored_arrays(
         leaf: source.checkpoint.read(name) for leaf in wanted if (name := f"{path}.{leaf}") in have
     }
     exact = exact_notes(source.checkpoint)
+    if "weight" in found:
+        found["weight"] = straight(source.spec, path, found["weight"])
     noted = {leaf: exact[f"{path}.{leaf}"] for leaf in SCALARS if f"{path}.{leaf}" in exact}
     return {**found, **noted}
 

@@ -13,10 +13,11 @@ import numpy as np
 from jqx.config import KV_FORMATS, Choice
 from jqx.errors import InputError
 from jqx.formats import check_divides, find_format
-from jqx.models import ModelSpec, block_prefix, kinds, param_shapes
+from jqx.models import Attention, ModelSpec, block_prefix, kinds, linear_shapes, param_shapes
 
 from .checkpoints import Checkpoint, TensorInfo, TensorOut, dtype_name
 from .inventory import FLOATS
+from .orientation import laid_outputs
 from .targets import (
     INDEX,
     INNER,
@@ -33,16 +34,6 @@ CODES = (
     *("qweight", "qzeros", INDEX, "bias"),
 )
 """Leaves of a linear that are no scales."""
-
-
-def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Path and weight shape of everything that could be quantized: linears and a head."""
-    embed = spec.names.embed + ".weight"
-    return {
-        name.removesuffix(".weight"): shape
-        for name, shape in param_shapes(spec).items()
-        if len(shape) == 2 and name != embed
-    }
 
 
 def stored_problems(
@@ -69,13 +60,13 @@ def stored_problems(
             told.add(path)
         elif choice is not None:
             try:
-                check_divides(find_format(choice.weight or ""), shape)
+                check_divides(find_format(choice.weight or ""), linears[path])
             except InputError as error:
                 problems.append(f"{path}: {error}")
                 told.add(path)
             else:
-                linear = _linear(have, path, choice, (shape, dtype), target)
-                expected |= {t.name: t for t in linear}
+                linear = _linear(have, path, choice, (linears[path], dtype), target)
+                expected |= {t.name: t for t in laid_outputs(spec, path, linear)}
         else:
             expected[name] = TensorOut(name, "", shape)
     cached = (_any_float(kv.stored(target), target) for kv in kv_tensors(spec, dtype))
@@ -90,12 +81,15 @@ def stored_problems(
 
 
 class KvTensor(NamedTuple):
-    """The scale or bias `leaf` of the keys or values that the linear `path` makes."""
+    """The scale or bias `leaf` of the keys or values that the linear `path` makes, or would make if
+    it were not one with others; `owner`: the linear that does.
+    """
 
     path: str
     leaf: str
     dtype: str
     shape: tuple[int, ...]
+    owner: str
 
     @property
     def name(self) -> str:
@@ -114,12 +108,16 @@ def kv_tensors(spec: ModelSpec, dtype: np.dtype) -> Iterator[KvTensor]:
         return
     for i, kind in enumerate(kinds(spec)):
         row = kind.attention
-        for name, letter in ((spec.names.k, "k"), (spec.names.v, "v")):
-            path = f"{block_prefix(spec, i)}.{name}"
-            yield KvTensor(path, f"{letter}_scale", "F32", ())
+        if not isinstance(row, Attention):
+            continue
+        prefix, names = block_prefix(spec, i), spec.names
+        for name, letter in ((names.k, "k"), (names.v, "v")):
+            path = f"{prefix}.{name}"
+            owner = path if row.qkv == "separate" else f"{prefix}.{names.qkv}"
+            yield KvTensor(path, f"{letter}_scale", "F32", (), owner)
             if KV_FORMATS[spec.kv_cache].affine:
                 shape = (1, row.kv_heads, 1, row.head_dim)
-                yield KvTensor(path, f"{letter}_bias", dtype_name(dtype), shape)
+                yield KvTensor(path, f"{letter}_bias", dtype_name(dtype), shape, owner)
 
 
 def bad_numbers(name: str, array: np.ndarray) -> str | None:

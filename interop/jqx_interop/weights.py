@@ -21,6 +21,7 @@ from jqx.tensors import QTensor
 
 from .choices import input_bound
 from .job import Job
+from .orientation import straight
 
 Groups = list[tuple[str, ...]]
 """Linears that read one input together."""
@@ -36,6 +37,11 @@ def read_tensor(job: Job, name: str) -> np.ndarray:
     """The tensor `name` in the dtype that it is written in."""
     array = job.checkpoint.read(name)
     return array.astype(job.dtype) if job.cast(name) and array.dtype != job.dtype else array
+
+
+def read_weight(job: Job, path: str) -> np.ndarray:
+    """The weight [n, k] of a linear in the dtype that it is written in."""
+    return straight(job.spec, path, read_tensor(job, f"{path}.weight"))
 
 
 def checked_amax(array: np.ndarray, name: str) -> np.float32:
@@ -77,7 +83,7 @@ def stored_group(job: Job, members: tuple[str, ...]) -> Iterator[tuple[str, QTen
 
     Raises InputError naming a weight that is not finite.
     """
-    weights = {path: read_tensor(job, path + ".weight") for path in members}
+    weights = {path: read_weight(job, path) for path in members}
     amax = {path: checked_amax(weights[path], path + ".weight") for path in members}
     for path in members:
         choice = job.choices[path]
@@ -95,14 +101,13 @@ def encode_group(
     `inputs` has the statistics of the linears whose inputs get a stored scale. Raises InputError
     naming a weight that is not finite.
     """
-    named = job.target.named
     for path, q in stored_group(job, members):
         choice = job.choices[path]
         if (bound := input_bound(job.config, choice)) is not None:
             row = INPUT_FORMATS[choice.input or ""]
             largest = max(float(inputs[p]["amax"]) for p in alike(job, members, path))
             q = q.replace(input_scale=input_scale(largest, bound, path, row.code_max))
-        yield from ((name, np.asarray(array)) for name, array in named(path, q).items())
+        yield from job.named(path, q)
 
 
 def one_scale(fmt: Format) -> bool:

@@ -60,11 +60,12 @@ class Simulated:
         return simulate(flat, fmt, *amax).reshape(x.shape)
 
     def outputs(self, met: Met) -> Array:
-        """The result of a product of rows with the linear's weight [n, k], from the inputs as they
-        are met.
+        """The result of a product of rows with the linear's weight, kept as [n, k] or [k, n], from
+        the inputs as they are met.
         """
         x = self.inputs(met.x.astype(self.weight.dtype)).astype(met.x.dtype)
-        return met.apply(x, self.weight.astype(met.w.dtype))
+        weight = self.weight.T if met.use.weight_axes == (0,) else self.weight
+        return met.apply(x, weight.astype(met.w.dtype))
 
 
 @partial(jax.jit, static_argnames=("fmt",))

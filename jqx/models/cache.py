@@ -28,8 +28,9 @@ from jqx_kernels.packing import PACKINGS
 from jqx_kernels.scale_rules import e4m3_scale
 from jqx_kernels.storage import Storage
 
+from .compute import Compute
 from .layers import settle
-from .spec import BlockKind, Compute, ModelSpec
+from .spec import Attention, BlockKind, ModelSpec
 
 FEWEST, STEP = 256, 128
 """Slots at least, and what their number is a multiple of when the last one is known."""
@@ -111,7 +112,8 @@ def check_cache_format(name: str | None) -> None:
 def check_heads(name: str | None, spec: ModelSpec) -> None:
     """Raises InputError for a row of CACHE_FORMATS whose blocks do not divide the heads."""
     size = None if name is None else CACHE_FORMATS[name].storage.block[1]
-    for d in {kind.attention.head_dim for kind in spec.blocks} if size else ():
+    rows = (kind.attention for kind in spec.blocks)
+    for d in {row.head_dim for row in rows if isinstance(row, Attention)} if size else ():
         if size and d % size:
             others = [other for other, row in CACHE_FORMATS.items() if row.storage.block[1] is None]
             raise InputError(
@@ -169,15 +171,19 @@ def _decoded(kept: Array | Codes, compute: Compute) -> Float[Array, "n slots d"]
 
 
 class Past(NamedTuple):
-    """What a block knows of earlier tokens, and where those of this call go."""
+    """What a block knows of earlier tokens, nothing where it has no attention, and where those of
+    this call go.
+    """
 
-    kept: Kept
+    kept: Kept | None
     slots: Slots
 
 
-def empty(kind: BlockKind, rows: int, slots: int, compute: Compute) -> Kept:
-    """Nothing kept yet, for `rows` sequences."""
+def empty(kind: BlockKind, rows: int, slots: int, compute: Compute) -> Kept | None:
+    """Nothing kept yet, for `rows` sequences; None where nothing ever is."""
     row = kind.attention
+    if not isinstance(row, Attention):
+        return None
     shape = (rows * row.kv_heads, slots, row.head_dim)
     zeros = _encoded(jnp.zeros(shape, compute.carrier), compute)
     return Kept(*jax.tree.map(jnp.copy, (zeros, zeros)))  # buffers of their own, to be donated

@@ -3,7 +3,7 @@
 chain, forward.
 
     h = embed(ids);  h = block(h) for every layer;  logits = head(h)
-    block: h = h + attention(norm(h));  h = h + mlp(norm(h))
+    block: h = h + attention(norm(h));  h = h + mlp(norm(h)), norms where LAYOUTS says
 
 `params` is the nested dict of the checkpoint's tensors, each bfloat16, float16 or float32, or a
 QTensor: that is decoded inside the program of its block, and its inputs are quantized as it says.
@@ -23,12 +23,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jqx.transforms import Met, fake_kv, quantized
 
-from .attention import cached_attention, keys_and_values, self_attention
+from .attention import cached_attention, self_attention
 from .cache import Kept, Past
-from .layers import Params, activate, linear, module, norm, settle, wide
+from .compute import FLOAT32, Compute
+from .layers import Inside, Params, linear, module, norm, settle, wide
 from .layout import block_prefix
-from .rope import turns
-from .spec import FLOAT32, BlockKind, Compute, ModelSpec
+from .mlp import mlp
+from .projections import queries_keys_values
+from .spec import LAYOUTS, Attention, BlockKind, Mlp, ModelSpec
 from .thin import FEW, few_rows
 
 _jit = partial(jax.jit, static_argnames=("spec", "compute"))
@@ -37,19 +39,41 @@ _jit_block = partial(jax.jit, static_argnames=("spec", "kind", "compute"))
 
 @_jit
 def embed(
-    spec: ModelSpec, params: Params, ids: Int[Array, "b t"], compute: Compute = FLOAT32
+    spec: ModelSpec,
+    params: Params,
+    ids: Int[Array, "b t"],
+    compute: Compute = FLOAT32,
+    positions: Int[Array, "b t"] | None = None,
 ) -> Float[Array, "b t k"]:
-    """The hidden states before the first block."""
-    return quantized(partial(_embed, spec, compute=compute))(params, ids)
+    """The hidden states before the first block. `positions` as for `forward`."""
+    run = partial(_embed, spec, positions=positions, compute=compute)
+    return quantized(run)(params, ids)
 
 
-def _embed(spec: ModelSpec, params: Params, ids: Array, compute: Compute) -> Array:
-    weight = module(params, spec.names.embed)["weight"]
+def _embed(
+    spec: ModelSpec, params: Params, ids: Array, positions: Array | None, compute: Compute
+) -> Array:
+    names = spec.names
+    weight = module(params, names.embed)["weight"]
     h = settle(wide(weight[ids]), compute)
-    if spec.embedding_scale is None:
-        return h
-    scale = float(np.float32(spec.embedding_scale).astype(weight.dtype).astype(compute.dtype))
-    return settle(wide(h) * scale, compute)
+    if spec.embedding_scale is not None:
+        scale = spec.embedding_scale
+        if spec.rounded_scale:
+            scale = float(np.float32(scale).astype(weight.dtype).astype(compute.dtype))
+        h = settle(wide(h) * scale, compute)
+    if spec.embed_width is not None:
+        h = linear(module(params, names.project_in), h, compute)
+    if spec.positions is not None:
+        at = _counted(ids) if positions is None else jnp.maximum(positions, 0)
+        table = module(params, names.positions)["weight"]
+        h = settle(wide(h) + wide(table[at + spec.positions[1]]), compute)
+    if spec.embed_norm is not None:
+        h = norm(spec.embed_norm, module(params, names.embed_norm), h, compute)
+    return h
+
+
+def _counted(ids: Array) -> Int[Array, "b t"]:
+    return jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
 
 
 @_jit_block
@@ -64,10 +88,11 @@ def block(
     """The hidden states after one block."""
 
     def run(params: Params, h: Array, positions: Array) -> Array:
-        attend = partial(self_attention, kind.attention, spec.names, params, positions=positions)
-        return _block(spec, kind, params, h, attend, compute)[0]
+        inside = Inside(spec.names, params, compute, kind.transposed)
+        attend = partial(self_attention, positions=positions)
+        return _block(kind, inside, h, attend)[0]
 
-    named = _stored_kv(spec, block_params, compute)
+    named = _stored_kv(spec, kind, block_params, compute)
     return quantized(run, named, settle=_settling(compute))(block_params, h, positions)
 
 
@@ -79,14 +104,15 @@ def cached_block(
     h: Float[Array, "b t k"],
     past: Past,
     compute: Compute = FLOAT32,
-) -> tuple[Float[Array, "b t k"], Kept]:
-    """`block` for tokens that come after those in `past`, and what is kept after them."""
+) -> tuple[Float[Array, "b t k"], Kept | None]:
+    """`block` for tokens that come after those in `past`, and what is kept after them, if any."""
 
-    def run(params: Params, h: Array, past: Past) -> tuple[Array, Kept]:
-        attend = partial(cached_attention, kind.attention, spec.names, params, past=past)
-        return _block(spec, kind, params, h, attend, compute)
+    def run(params: Params, h: Array, past: Past) -> tuple[Array, Kept | None]:
+        inside = Inside(spec.names, params, compute, kind.transposed)
+        return _block(kind, inside, h, partial(cached_attention, past=past))
 
-    named, product = _stored_kv(spec, block_params, compute), _product(block_params, h, compute)
+    named = _stored_kv(spec, kind, block_params, compute)
+    product = _product(block_params, h, compute)
     return quantized(run, named, product, _settling(compute))(block_params, h, past)
 
 
@@ -101,46 +127,81 @@ def _product(params: Params, h: Array, compute: Compute) -> Callable[[Met], Arra
     return few_rows(params, compute) if few and compute.attention == "chunks" else None
 
 
-def _block(
-    spec: ModelSpec,
-    kind: BlockKind,
-    params: Params,
-    h: Array,
-    attend: Callable[..., tuple[Array, Any]],
-    compute: Compute,
-) -> tuple[Array, Any]:
+Attend = Callable[..., tuple[Array, Any]]
+
+
+def _block(kind: BlockKind, inside: Inside, h: Array, attend: Attend) -> tuple[Array, Any]:
     """The states after a block, and what `attend` keeps besides its result."""
-    names = spec.names
-    x = norm(kind.norm, module(params, names.input_norm), h, compute)
-    y, kept = attend(x=x, compute=compute)
-    h = settle(wide(h) + wide(y), compute)
-    x = norm(kind.norm, module(params, names.mlp_norm), h, compute)
-    return settle(wide(h) + wide(_mlp(spec, kind, params, x, compute)), compute), kept
+    names, row = inside.names, LAYOUTS[kind.layout]
+    attention = partial(_attention, kind, inside, attend)
+    if row.parallel:
+        x = inside.norm(kind.norm, names.input_norm, h)
+        other = inside.norm(kind.norm, names.mlp_norm, h) if row.own else x
+        y, kept = attention(x)
+        both = _sum(y, _mlp(kind, inside, other), inside.compute)
+        return _added(kind, h, both, inside.compute), kept
+    kept = None
+    if kind.attention is not None:
+        ends = names.input_norm, names.attention_end
+        h, kept = _step(kind, inside, ends, h, attention)
+    if kind.mlp is not None:
+        ends = names.mlp_norm, names.mlp_end
+        h, _ = _step(kind, inside, ends, h, lambda x: (_mlp(kind, inside, x), None))
+    return h, kept
+
+
+def _step(
+    kind: BlockKind, inside: Inside, norms: tuple[str, str], h: Array, run: Attend
+) -> tuple[Array, Any]:
+    """The states after attention or an MLP, and what it keeps; `norms` are those before and after
+    it.
+    """
+    row, (before, after) = LAYOUTS[kind.layout], norms
+    x = inside.norm(kind.norm, before, h) if row.before else h
+    y, kept = run(x)
+    y = inside.norm(kind.norm, after, y) if row.after else y
+    h = _added(kind, x if kind.normed_residual else h, y, inside.compute)
+    return (inside.norm(kind.norm, after, h) if row.summed else h), kept
+
+
+def _added(kind: BlockKind, h: Array, y: Array, compute: Compute) -> Array:
+    if kind.residual_scale != 1.0:
+        y = settle(wide(y) * kind.residual_scale, compute)
+    return _sum(h, y, compute)
+
+
+def _sum(a: Array, b: Array, compute: Compute) -> Array:
+    return settle(wide(a) + wide(b), compute)
+
+
+def _attention(kind: BlockKind, inside: Inside, attend: Attend, x: Array) -> tuple[Array, Any]:
+    if isinstance(kind.attention, Attention):
+        return attend(kind.attention, inside, x)
+    return inside.linear(inside.names.replaced_attention, x), None
+
+
+def _mlp(kind: BlockKind, inside: Inside, x: Array) -> Array:
+    if isinstance(kind.mlp, Mlp):
+        return mlp(kind.mlp, inside, x)
+    return inside.linear(inside.names.replaced_mlp, x)
 
 
 def _stored_kv(
-    spec: ModelSpec, params: Params, compute: Compute
+    spec: ModelSpec, kind: BlockKind, params: Params, compute: Compute
 ) -> dict[str, Callable[[Array], Array]]:
     """What is done to keys and values, by the names they are kept under: rounded as the cache
     stores them.
     """
     names, cache = spec.names, spec.kv_cache
-    if cache is None:
+    if cache is None or not isinstance(kind.attention, Attention):
         return {}
 
     def stored(name: str, letter: str) -> Callable[[Array], Array]:
-        beside = module(params, name)
+        beside = module(params, name, {})
         scale, bias = beside.get(f"{letter}_scale"), beside.get(f"{letter}_bias")
         return lambda x: _settling(compute)(fake_kv(x, cache, scale, bias))
 
     return {names.kept_k: stored(names.k, "k"), names.kept_v: stored(names.v, "v")}
-
-
-def _mlp(spec: ModelSpec, kind: BlockKind, params: Params, x: Array, compute: Compute) -> Array:
-    names = spec.names
-    gate = activate(kind.mlp.activation, linear(module(params, names.gate), x, compute), compute)
-    up = linear(module(params, names.up), x, compute)
-    return linear(module(params, names.down), settle(wide(gate) * wide(up), compute), compute)
 
 
 @_jit
@@ -163,9 +224,28 @@ def next_logits(
 
 def _head(spec: ModelSpec, params: Params, h: Array, compute: Compute) -> Array:
     names = spec.names
-    h = norm(spec.final_norm, module(params, names.final_norm), h, compute)
+    if spec.final_norm is not None:
+        h = norm(spec.final_norm, module(params, names.final_norm), h, compute)
+    if spec.embed_width is not None:
+        h = linear(module(params, names.project_out), h, compute)
     weights = module(params, names.embed if spec.tied else names.head)
-    return wide(linear(weights, h, compute))
+    if spec.unit_head:
+        weights = {**weights, "weight": _unit_rows(weights["weight"], compute)}
+    logits = wide(linear(weights, h, compute))
+    if spec.logit_scale is not None:
+        logits = wide(settle(logits * spec.logit_scale, compute))
+    if spec.logit_cap is not None:
+        logits = wide(settle(spec.logit_cap * jnp.tanh(logits / spec.logit_cap), compute))
+    if spec.unused:
+        lowest = float(np.finfo(np.float32).min)
+        logits = logits.at[..., np.array(spec.unused)].set(lowest)
+    return logits
+
+
+def _unit_rows(weight: Array, compute: Compute) -> Array:
+    w = wide(weight)
+    length = jnp.sqrt(jnp.sum(w * w, axis=-1, keepdims=True))
+    return settle(w / jnp.maximum(length, 1e-12), compute)
 
 
 @_jit_block
@@ -182,9 +262,9 @@ def project_kv(
     They equal what `block` names `Names.kept_k` and `Names.kept_v`, without running the rest of the
     block.
     """
-    row = kind.attention
-    by = turns(row.rope, row.head_dim, positions, compute)
-    return keys_and_values(row, spec.names, block_params, x, by, compute)
+    assert isinstance(kind.attention, Attention)
+    inside = Inside(spec.names, block_params, compute, kind.transposed)
+    return queries_keys_values(kind.attention, inside, x, positions)[1:]
 
 
 def forward(
@@ -198,10 +278,10 @@ def forward(
     padding mask).
     """
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :], ids.shape)
-    h = embed(spec, params, ids, compute)
+        positions = _counted(ids)
+    h = embed(spec, params, ids, compute, positions)
     for i, kind in enumerate(spec.blocks):
-        h = block(spec, kind, module(params, block_prefix(spec, i)), h, positions, compute)
+        h = block(spec, kind, module(params, block_prefix(spec, i), {}), h, positions, compute)
     return head(spec, params, h, compute)
 
 

@@ -6,7 +6,7 @@ for all single tokens where the text fits the slots it began with. Weights that 
 decoded inside the program of their block.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from .cache import Kept, Past, Slots, empty, grown, slots_for
+from .compute import Compute
 from .decoder import cached_block, embed, next_logits
 from .layers import Params, module
-from .layout import block_prefix
+from .layout import block_prefix, embed_tensors, head_tensors
 from .sampling import Draw, next_tokens, step_keys
-from .spec import BlockKind, Compute, ModelSpec
+from .spec import BlockKind, ModelSpec
 
 PIECES = {"chunks": 512, "batched": 4096}
 """Compute.attention -> tokens of prompts in one call: what is computed in it takes memory."""
@@ -42,13 +43,12 @@ class Session:
         tokens.
         """
         self._spec, self._compute, self._most = spec, compute, most
-        names = spec.names
-        self._embed = _bound(_embedding, _part(params, names.embed), spec, compute)
-        ends = names.final_norm, names.embed if spec.tied else names.head
-        self._head = _bound(_logits, _part(params, *ends), spec, compute)
-        self._draw = _bound(_drawing, _part(params, *ends), spec, compute)
+        first, last = (_part(params, f(spec)) for f in (embed_tensors, head_tensors))
+        self._embed = _bound(_embedding, first, spec, compute)
+        self._head = _bound(_logits, last, spec, compute)
+        self._draw = _bound(_drawing, last, spec, compute)
         self._blocks = [
-            _bound(_kept_block, module(params, block_prefix(spec, i)), spec, compute, kind)
+            _bound(_kept_block, module(params, block_prefix(spec, i), {}), spec, compute, kind)
             for i, kind in enumerate(spec.blocks)
         ]
 
@@ -63,9 +63,9 @@ class Session:
         self._pads = jnp.asarray([width - len(prompt) for prompt in prompts], jnp.int32)
         self._last = self._most + width - tokens
         self._start = 0
-        slots = slots_for(sizes[0], self._last)
-        kinds = self._spec.blocks
-        self._kept = [empty(kind, len(prompts), slots, self._compute) for kind in kinds]
+        self._slots = slots_for(sizes[0], self._last)
+        rows, kinds = len(prompts), self._spec.blocks
+        self._kept = [empty(kind, rows, self._slots, self._compute) for kind in kinds]
         for size in sizes:
             self._run(ids[:, self._start : self._start + size])
 
@@ -94,17 +94,17 @@ class Session:
         as long as a block.
         """
         stop = self._start + (ids.shape[1] if ids.ndim > 1 else 1)
-        if stop > self._kept[0].slots:
+        if stop > self._slots:
             self._grow(slots_for(stop, self._last))
         slots = Slots(jax.device_put(np.int32(self._start)), self._pads)
-        h = self._embed(ids)
+        h = self._embed(ids, slots)
         for i, run in enumerate(self._blocks):
             h, self._kept[i] = run(h, slots, self._kept[i])
         self._h, self._start = _last(h) if ids.ndim > 1 else h, stop
 
     def _grow(self, slots: int) -> None:
-        for i, kept in enumerate(self._kept):
-            self._kept[i] = grown(kept, slots)
+        self._slots = slots
+        self._kept = [None if kept is None else grown(kept, slots) for kept in self._kept]
 
 
 @jax.jit
@@ -122,15 +122,15 @@ def pieces(tokens: int, most: int) -> list[int]:
     return first + whole * [most]
 
 
-def _part(params: Params, *names: str) -> dict[str, Any]:
-    """The tree that holds only the modules `names`."""
+def _part(params: Params, tensors: Iterable[str]) -> dict[str, Any]:
+    """The tree that holds only these tensors."""
     tree: dict[str, Any] = {}
-    for name in names:
-        *above, last = name.split(".")
+    for name in tensors:
+        path, _, leaf = name.rpartition(".")
         node = tree
-        for part in above:
+        for part in path.split("."):
             node = node.setdefault(part, {})
-        node[last] = module(params, name)
+        node[leaf] = module(params, path)[leaf]
     return tree
 
 
@@ -157,8 +157,10 @@ def _as_bytes(codes: Array) -> Array:
 
 @cache
 def _embedding(structure: Any, spec: ModelSpec, compute: Compute) -> Callable[..., Any]:
-    def run(leaves: Any, ids: Array) -> Array:
-        return embed(spec, structure.unflatten(leaves), ids.reshape(len(ids), -1), compute)
+    def run(leaves: Any, ids: Array, slots: Slots) -> Array:
+        ids = ids.reshape(len(ids), -1)
+        at = slots.positions(ids.shape[1])
+        return embed(spec, structure.unflatten(leaves), ids, compute, at)
 
     return jax.jit(run)
 
@@ -167,7 +169,7 @@ def _embedding(structure: Any, spec: ModelSpec, compute: Compute) -> Callable[..
 def _kept_block(
     structure: Any, spec: ModelSpec, compute: Compute, kind: BlockKind
 ) -> Callable[..., Any]:
-    def run(leaves: Any, h: Array, slots: Slots, kept: Kept) -> tuple[Array, Kept]:
+    def run(leaves: Any, h: Array, slots: Slots, kept: Kept | None) -> tuple[Array, Kept | None]:
         return cached_block(spec, kind, structure.unflatten(leaves), h, Past(kept, slots), compute)
 
     return jax.jit(run, donate_argnums=3)

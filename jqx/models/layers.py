@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,20 @@ from jaxtyping import Array, Float
 
 from jqx_kernels.bits import round_to
 
-from .spec import Compute, Norm
+from .compute import Compute
+from .spec import Names, Norm
 
 Params = Mapping[str, Any]
 """A nested dict: the checkpoint's tensors under their names split at the dots."""
 
 
-def module(params: Params, name: str) -> Params:
-    """The tensors of the module called `name`, whose dots are levels of the tree."""
+def module(params: Params, name: str, missing: Params | None = None) -> Params:
+    """The tensors of the module called `name`, whose dots are levels of the tree; `missing` where
+    there is none, if that is given.
+    """
     for part in name.split("."):
+        if missing is not None and part not in params:
+            return missing
         params = params[part]
     return params
 
@@ -52,24 +57,45 @@ def wide(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return x.astype(jnp.float32)
 
 
-def linear(params: Params, x: Float[Array, "*lead k"], compute: Compute) -> Float[Array, "*lead n"]:
+def linear(
+    params: Params, x: Float[Array, "*lead k"], compute: Compute, axis: int = 1
+) -> Float[Array, "*lead n"]:
     """x @ weight.T + bias as one 2-D product; `weight` is [n, k] as on disk (measured: a transposed
-    copy is no faster).
+    copy is no faster), or [k, n] with `axis` 0, the one that is contracted.
 
     The bias, if `params` has one, is added before the result is rounded.
     """
     rows = x.reshape(-1, x.shape[-1])
-    contract_last = (((1,), (1,)), ((), ()))
     y = lax.dot_general(
         rows,
         params["weight"].astype(rows.dtype),
-        contract_last,
+        (((1,), (axis,)), ((), ())),
         precision=compute.precision,
         preferred_element_type=jnp.float32,
     )
     if "bias" in params:
         y = y + wide(params["bias"])[None, :]
     return settle(y, compute).reshape(*x.shape[:-1], y.shape[-1])
+
+
+class Inside(NamedTuple):
+    """The inside of a block: its parameters, what they are called, and how it is computed.
+
+    `transposed`: weights are [k, n].
+    """
+
+    names: Names
+    params: Params
+    compute: Compute
+    transposed: bool = False
+
+    def linear(self, name: str, x: Float[Array, "*lead k"]) -> Float[Array, "*lead n"]:
+        """What the linear called `name` makes of `x`."""
+        return linear(module(self.params, name), x, self.compute, 0 if self.transposed else 1)
+
+    def norm(self, row: Norm, name: str, x: Float[Array, "*lead k"]) -> Float[Array, "*lead k"]:
+        """What the norm called `name` makes of `x`."""
+        return norm(row, module(self.params, name), x, self.compute)
 
 
 def norm(
@@ -85,9 +111,28 @@ def _rms(params: Params, x: Array, eps: float, compute: Compute) -> Array:
     return settle(weight * wide(settle(_normalised(x, eps), compute)), compute)
 
 
+def _rms_once(params: Params, x: Array, eps: float, compute: Compute) -> Array:
+    return settle(_normalised(x, eps) * _along_last(wide(params["weight"]), x), compute)
+
+
 def _rms_plus_one(params: Params, x: Array, eps: float, compute: Compute) -> Array:
     weight = _along_last(wide(params["weight"]), x)
     return settle(_normalised(x, eps) * (1.0 + weight), compute)
+
+
+def _layer(params: Params, x: Array, eps: float, compute: Compute) -> Array:
+    x = wide(x)
+    y = _normalised(x - jnp.mean(x, axis=-1, keepdims=True), eps)
+    y = y * _along_last(wide(params["weight"]), x)
+    if "bias" in params:
+        y = y + _along_last(wide(params["bias"]), x)
+    return settle(y, compute)
+
+
+def _layer_plus_one(params: Params, x: Array, eps: float, compute: Compute) -> Array:
+    # The sum is a number of the weight's own dtype.
+    weight = params["weight"]
+    return _layer({**params, "weight": round_to(wide(weight) + 1, weight.dtype)}, x, eps, compute)
 
 
 def _normalised(x: Array, eps: float) -> Array:
@@ -96,17 +141,25 @@ def _normalised(x: Array, eps: float) -> Array:
 
 
 def _along_last(weight: Array, x: Array) -> Array:
-    return weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
 
 
 NORMS: dict[str, Callable[[Params, Array, float, Compute], Array]] = {
     "rms": _rms,
+    "rms_once": _rms_once,
     "rms_plus_one": _rms_plus_one,
+    "layer": _layer,
+    "layer_plus_one": _layer_plus_one,
 }
-"""Kind -> function. "rms_plus_one" stores weight - 1 and rounds once, at the end."""
+"""Kind -> function. Those that end in "plus_one" store weight - 1; all but "rms" round once, at the
+end. Those that begin with "layer" subtract the mean first.
+"""
 
-GAIN_OFFSETS = {"rms": 0, "rms_plus_one": 1}
+GAIN_OFFSETS = {"rms": 0, "rms_once": 0, "rms_plus_one": 1, "layer": 0, "layer_plus_one": 1}
 """Kind -> what is added to the stored gain."""
+
+ROOT_MEAN_SQUARES = frozenset({"rms", "rms_once", "rms_plus_one"})
+"""Kinds that only divide by a length: the same in any basis, but for their gains."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -114,7 +167,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_fast": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 """The names config files use -> elementwise function in float32. "gelu" is the exact one, by erf.
 """

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model's parameters lie: tensor names, shapes and order, which linears a block has, which
-share an input.
+"""Where a model's parameters lie: tensor names, shapes and order.
 
 Order is always that of the modules (layer 2 before layer 10), as a checkpoint lists them, never
 that of a sorted tree.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
-from .spec import BlockKind, ModelSpec
+from .spec import LAYOUTS, Attention, BlockKind, Mlp, ModelSpec, Norm
 
 Shape = tuple[int, ...]
 
@@ -27,91 +26,139 @@ def block_prefix(spec: ModelSpec, i: int) -> str:
 
 def param_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Name and shape of every parameter, in module order. A tied model has no head of its own."""
-    names = spec.names
-    shapes: dict[str, Shape] = {f"{names.embed}.weight": (spec.vocab, spec.hidden)}
+    shapes = _first_shapes(spec)
     for i, kind in enumerate(spec.blocks):
         prefix = block_prefix(spec, i)
         shapes |= {f"{prefix}.{name}": shape for name, shape in block_shapes(spec, kind).items()}
-    shapes[f"{names.final_norm}.weight"] = (spec.hidden,)
-    if not spec.tied:
-        shapes[f"{names.head}.weight"] = (spec.vocab, spec.hidden)
+    return shapes | _last_shapes(spec)
+
+
+def _first_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """What the hidden states before the first block are made of."""
+    names, width = spec.names, spec.embed_width or spec.hidden
+    shapes: dict[str, Shape] = {f"{names.embed}.weight": (spec.vocab, width)}
+    if spec.positions is not None:
+        shapes[f"{names.positions}.weight"] = (spec.positions[0], spec.hidden)
+    if spec.embed_norm is not None:
+        shapes |= _norm(spec.embed_norm, names.embed_norm, (spec.hidden,))
+    if spec.embed_width is not None:
+        shapes[f"{names.project_in}.weight"] = (spec.hidden, spec.embed_width)
     return shapes
+
+
+def _last_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """What logits are made with, but for a tied embedding."""
+    names, width = spec.names, spec.embed_width or spec.hidden
+    shapes: dict[str, Shape] = {}
+    if spec.final_norm is not None:
+        shapes |= _norm(spec.final_norm, names.final_norm, (spec.hidden,))
+    if spec.embed_width is not None:
+        shapes[f"{names.project_out}.weight"] = (spec.embed_width, spec.hidden)
+    if not spec.tied:
+        shapes |= _linear(names.head, (spec.vocab, width), spec.head_bias)
+    return shapes
+
+
+def embed_tensors(spec: ModelSpec) -> tuple[str, ...]:
+    """The names of the parameters that `embed` needs, the embedding first."""
+    return tuple(_first_shapes(spec))
+
+
+def head_tensors(spec: ModelSpec) -> tuple[str, ...]:
+    """The names of the parameters that `head` needs, the tensor that makes logits last."""
+    found = list(_last_shapes(spec))
+    weight = f"{spec.names.embed if spec.tied else spec.names.head}.weight"
+    return (*(name for name in found if name != weight), weight)
 
 
 def block_shapes(spec: ModelSpec, kind: BlockKind) -> dict[str, Shape]:
     """Name, relative to the block, and shape of every parameter of one block, in module order."""
-    names, attention, mlp = spec.names, kind.attention, kind.mlp
     shapes: dict[str, Shape] = {}
     for name, n, k, bias in _attention_linears(spec, kind):
-        shapes |= _linear(name, n, k, bias)
-    if attention.qk_norm is not None:
-        shapes |= {f"{name}.weight": (attention.head_dim,) for name in (names.q_norm, names.k_norm)}
-    shapes |= _linear(names.gate, mlp.inner, spec.hidden, mlp.bias)
-    shapes |= _linear(names.up, mlp.inner, spec.hidden, mlp.bias)
-    shapes |= _linear(names.down, spec.hidden, mlp.inner, mlp.bias)
-    return shapes | {
-        f"{name}.weight": (spec.hidden,) for name in (names.input_norm, names.mlp_norm)
-    }
+        shapes |= _linear(name, (n, k), bias, kind.transposed)
+    if isinstance(kind.attention, Attention):
+        shapes |= _qk_norms(spec, kind.attention)
+    for name, n, k, bias in _mlp_linears(spec, kind):
+        shapes |= _linear(name, (n, k), bias, kind.transposed)
+    for name in _norms(spec, kind):
+        shapes |= _norm(kind.norm, name, (spec.hidden,))
+    return shapes
+
+
+def _norms(spec: ModelSpec, kind: BlockKind) -> Iterator[str]:
+    names, row = spec.names, LAYOUTS[kind.layout]
+    if kind.attention is not None:
+        yield from (names.input_norm,) if row.before else ()
+        yield from (names.attention_end,) if row.after or row.summed else ()
+    if kind.mlp is not None:
+        yield from (names.mlp_norm,) if row.before and row.own >= row.parallel else ()
+        yield from (names.mlp_end,) if row.after or row.summed else ()
 
 
 def _attention_linears(spec: ModelSpec, kind: BlockKind) -> Iterator[tuple[str, int, int, bool]]:
     names, row = spec.names, kind.attention
+    if row is None:
+        return
+    if not isinstance(row, Attention):
+        yield names.replaced_attention, spec.hidden, spec.hidden, False
+        return
     queries, keys = row.heads * row.head_dim, row.kv_heads * row.head_dim
-    yield names.q, queries, spec.hidden, row.qkv_bias
-    yield names.k, keys, spec.hidden, row.qkv_bias
-    yield names.v, keys, spec.hidden, row.qkv_bias
+    if row.qkv == "separate":
+        yield names.q, queries, spec.hidden, row.qkv_bias
+        yield names.k, keys, spec.hidden, row.qkv_bias
+        yield names.v, keys, spec.hidden, row.qkv_bias
+    else:
+        yield names.qkv, queries + 2 * keys, spec.hidden, row.qkv_bias
     yield names.out, spec.hidden, queries, row.out_bias
 
 
-def _linear(name: str, n: int, k: int, bias: bool) -> dict[str, Shape]:
-    return {f"{name}.weight": (n, k)} | ({f"{name}.bias": (n,)} if bias else {})
+def _mlp_linears(spec: ModelSpec, kind: BlockKind) -> Iterator[tuple[str, int, int, bool]]:
+    names, row = spec.names, kind.mlp
+    if row is None:
+        return
+    if not isinstance(row, Mlp):
+        yield names.replaced_mlp, spec.hidden, spec.hidden, False
+        return
+    for field, times in MLP_INPUTS[row.form]:
+        yield getattr(names, field), times * row.inner, spec.hidden, row.bias
+    yield names.down, spec.hidden, row.inner, row.bias
 
 
-def input_groups(spec: ModelSpec, kind: BlockKind) -> tuple[tuple[str, ...], ...]:
-    """The linears of a block in module order, those that read the same input together; names
-    relative to the block.
-    """
-    names = spec.names
-    return ((names.q, names.k, names.v), (names.out,), (names.gate, names.up), (names.down,))
+MLP_INPUTS: dict[str, tuple[tuple[str, int], ...]] = {
+    "gated": (("gate", 1), ("up", 1)),
+    "fused_gated": (("gate_up", 2),),
+    "plain": (("up", 1),),
+    "gegelu": (("gate_up", 2),),
+}
+"""Mlp.form -> the linears that read its input, as fields of Names, and their rows to a channel."""
 
 
-def norm_readers(spec: ModelSpec, kind: BlockKind) -> dict[str, tuple[str, ...]]:
-    """Norm -> the linears that read its output, all of them; names relative to the block."""
-    names = spec.names
-    return {names.input_norm: (names.q, names.k, names.v), names.mlp_norm: (names.gate, names.up)}
+def _qk_norms(spec: ModelSpec, row: Attention) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    if row.qk_norm is None:
+        return shapes
+    for name, heads in ((spec.names.q_norm, row.heads), (spec.names.k_norm, row.kv_heads)):
+        for path, shape in QK_NORM_SHAPES[row.qk_norm_of](name, heads, row.head_dim).items():
+            shapes |= _norm(row.qk_norm, path, shape)
+    return shapes
 
 
-def row_feeders(spec: ModelSpec, kind: BlockKind) -> dict[str, str]:
-    """Linear -> the one whose output channels are its input channels, each times something that the
-    other does not know; names relative to the block.
-    """
-    names, row = spec.names, kind.attention
-    found = {names.down: names.up}
-    return found | ({names.out: names.v} if row.heads == row.kv_heads else {})
+QK_NORM_SHAPES = {
+    "head": lambda name, heads, size: {name: (size,)},
+    "heads": lambda name, heads, size: {name: (heads, size)},
+    "each": lambda name, heads, size: {f"{name}.norms.{i}": (size,) for i in range(heads)},
+    "all": lambda name, heads, size: {name: (heads * size,)},
+}
+"""Attention.qk_norm_of -> the norms of queries or keys."""
 
 
-class Shared(NamedTuple):
-    """How the input channels of an output projection share those of the values: channel
-    (key head, query head of it, channel of a head) is channel (key head, channel) of the values.
-    """
-
-    kv_heads: int
-    group: int
-    head_dim: int
+def _linear(name: str, shape: Shape, bias: bool, transposed: bool = False) -> dict[str, Shape]:
+    weight = shape[::-1] if transposed else shape
+    return {f"{name}.weight": weight} | ({f"{name}.bias": shape[:1]} if bias else {})
 
 
-def value_reader(spec: ModelSpec, kind: BlockKind) -> tuple[str, str, Shared]:
-    """The linear that reads values after attention has mixed tokens, the one that makes them, and
-    how their channels belong together; names relative to the block.
-    """
-    row = kind.attention
-    shared = Shared(row.kv_heads, row.heads // row.kv_heads, row.head_dim)
-    return spec.names.out, spec.names.v, shared
-
-
-def linears(spec: ModelSpec, kind: BlockKind) -> tuple[str, ...]:
-    """The linears of a block in module order; names relative to the block."""
-    return tuple(name for group in input_groups(spec, kind) for name in group)
+def _norm(row: Norm, name: str, shape: Shape) -> dict[str, Shape]:
+    return {f"{name}.weight": shape} | ({f"{name}.bias": shape} if row.bias else {})
 
 
 def is_ignored(spec: ModelSpec, name: str) -> bool:
@@ -123,3 +170,15 @@ def is_ignored(spec: ModelSpec, name: str) -> bool:
     if spec.tied and name == f"{spec.names.head}.weight":
         return True
     return any(fnmatchcase(name, glob) for glob in spec.names.buffers)
+
+
+def named_as(spec: ModelSpec, tensors: Collection[str]) -> ModelSpec:
+    """`spec` with the names that a checkpoint with these `tensors` has: without the prefix of all
+    names, where none of them begins with it.
+    """
+    prefix = spec.names.prefix
+    if not prefix or any(name.startswith(prefix) for name in tensors):
+        return spec
+    values = {f.name: getattr(spec.names, f.name) for f in fields(spec.names)}
+    bare = {k: v.removeprefix(prefix) for k, v in values.items() if isinstance(v, str)}
+    return replace(spec, names=replace(spec.names, **{**bare, "prefix": ""}))

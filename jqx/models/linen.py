@@ -15,9 +15,11 @@ from jaxtyping import Array, Float, Int, Key
 from jqx.errors import InputError
 from jqx.tensors.qtensor import LEAVES, QTensor
 
+from .compute import FLOAT32, Compute
 from .decoder import forward
+from .layers import GAIN_OFFSETS
 from .layout import param_shapes
-from .spec import FLOAT32, Compute, ModelSpec
+from .spec import ModelSpec
 
 
 class CausalLM(nn.Module):
@@ -75,8 +77,8 @@ def _draw(key: Key[Array, ""], spec: ModelSpec, root: str) -> Any:
 def _leaf(spec: ModelSpec, name: str, shape: tuple[int, ...], key: Key[Array, ""]) -> Array:
     if name.endswith(".bias"):
         return jnp.zeros(shape)
-    if len(shape) == 1:
-        return jnp.full(shape, 0.0 if spec.final_norm.kind == "rms_plus_one" else 1.0)
+    if len(shape) == 1 or name.endswith("norm.weight"):
+        return jnp.full(shape, 1.0 - GAIN_OFFSETS[spec.blocks[0].norm.kind])
     return spec.init_range * jax.random.normal(key, shape)
 
 

@@ -30,8 +30,8 @@ from jqx.tensors.paths import flatten
 from jqx.transforms import Met
 from jqx_kernels.bits import bits, from_bits, round_to
 
+from .compute import Compute
 from .layers import Params
-from .spec import Compute
 
 FEW = 16
 """Rows at most: with more, float32 products of a converted matrix are faster."""

@@ -52,7 +52,8 @@ class Limit:
 
 def limit_of(given: Mapping[str, Any], count: str = "modelopt", table: Path | None = None) -> Limit:
     """The budget that is given, one of "bits" (a number; 4.8 if none is given), "bytes" (one, or
-    text such as "90MiB") and "latency" (microseconds). Raises InputError for two, and for text that is no size.
+    text such as "90MiB") and "latency" (microseconds). Raises InputError for two, and for text that
+    is no size.
     """
     named = {name: value for name, value in given.items() if value is not None}
     if len(named) > 1:

@@ -13,7 +13,15 @@ from jaxtyping import Bool, Float, Int
 
 from jqx.auto.simulated import Simulated
 from jqx.formats import find_format
-from jqx.models import Compute, ModelSpec, block_prefix, embed, kinds
+from jqx.models import (
+    Compute,
+    ModelSpec,
+    block_prefix,
+    embed,
+    embed_tensors,
+    head_tensors,
+    kinds,
+)
 from jqx.tensors.paths import unflatten
 from jqx_interop.chain import rows_per_call
 from jqx_interop.data import CalibrationSet
@@ -24,7 +32,7 @@ from jqx_interop.progress import Progress
 from jqx_interop.runner import load_block, read_leaf
 from jqx_interop.saved_stats import SavedStats
 from jqx_interop.searched import Search
-from jqx_interop.weights import linear_groups, read_tensor
+from jqx_interop.weights import linear_groups, read_tensor, read_weight
 
 from .candidates import Candidate
 from .scoring import Program, run_block
@@ -90,14 +98,15 @@ class Passes:
 
     def forward(self, progress: Progress) -> None:
         """Run the model and keep the states before every block, and those after the last."""
-        name = f"{self.spec.names.embed}.weight"
-        table = read_tensor(self.job, name)
+        table, *others = embed_tensors(self.spec)
+        leaves = {name: jnp.asarray(read_tensor(self.job, name)) for name in others}
         for n in range(self.count):
             used, inverse = np.unique(self.ids[self.picked(n)], return_inverse=True)
             rows = jnp.asarray(inverse.reshape(self.rows, -1).astype(np.int32))
-            mine = unflatten({name: jnp.asarray(table[used])})
-            self.states.put(0, n, np.asarray(embed(self.spec, mine, rows, self.compute)))
-        self.job.checkpoint.release(name)
+            leaves[table] = jnp.asarray(read_tensor(self.job, table)[used])
+            h = embed(self.spec, unflatten(leaves), rows, self.compute)
+            self.states.put(0, n, np.asarray(h))
+        self.job.checkpoint.release(table)
         for i in range(self.blocks):
             params, program = self.params(i), self.program(i)
             for n in range(self.count):
@@ -117,10 +126,8 @@ class Passes:
 
     def head_params(self) -> dict[str, Any]:
         """What the head needs."""
-        spec = self.spec
-        names = (spec.names.final_norm, spec.names.embed if spec.tied else spec.names.head)
-        leaves = {f"{name}.weight": f"{name}.weight" for name in names}
-        return unflatten({n: read_leaf(self.job, leaf, self.compute) for n, leaf in leaves.items()})
+        names = head_tensors(self.spec)
+        return unflatten({name: read_leaf(self.job, name, self.compute) for name in names})
 
     def chunks(
         self, share: Float[np.ndarray, " tokens"]
@@ -148,7 +155,7 @@ class Passes:
         for path, linear in Search(job, [group for group in mine if group], inputs).alone():
             choice = job.choices[path]
             fmt, name = find_format(choice.weight or ""), path.removeprefix(prefix)
-            weight = jnp.asarray(read_tensor(job, f"{path}.weight"))
+            weight = jnp.asarray(read_weight(job, path))
             found[name] = Simulated.of(linear, fmt, choice.input, weight)
             job.checkpoint.release(f"{path}.weight")
         return jax.block_until_ready(found)

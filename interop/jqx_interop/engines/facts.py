@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jqx_interop.checkpoints import TensorInfo
 from jqx_interop.inventory import EMBEDDINGS, SIBLINGS
+from jqx_interop.orientation import straight_infos
 from jqx_interop.targets import module_and_leaf
 
 from .descriptions import Said, read_said
@@ -109,7 +110,7 @@ def read_facts(model: str | Path) -> Facts:
     said = read_said(files.config.get("quantization_config"), files.file)
     known = read_known(files.config, files.tensors)
     shapes = known.linears
-    leaves, rest = _by_module(files.tensors, shapes)
+    leaves, rest = _by_module(straight_infos(known.spec, files.tensors), shapes)
     ignored = matcher(said.layout, None, said.ignored)
     grouper = said.grouper()
     linears = {
@@ -245,6 +246,10 @@ def _is_codes(facts: Facts, name: str) -> bool:
     return leaf == "weight" and path in facts.linears and facts.linears[path].quantized
 
 
+KV_MAKERS = ("k_proj", "v_proj")
+"""What scales are named by, whether or not there are such linears."""
+
+
 def kv_leaves(facts: Facts) -> Iterator[tuple[str, str, TensorInfo]]:
     """Module, leaf and tensor of every scale and bias of keys and values."""
     for linear in facts.linears.values():
@@ -254,7 +259,8 @@ def kv_leaves(facts: Facts) -> Iterator[tuple[str, str, TensorInfo]]:
     for name, info in facts.rest.items():
         path, leaf = module_and_leaf(name)
         if leaf in KV_LEAVES:
-            yield path, leaf, info
+            parent, _, last = path.rpartition(".")
+            yield (parent if last in KV_MAKERS else path), leaf, info
 
 
 def is_known_leaf(leaf: str) -> bool:

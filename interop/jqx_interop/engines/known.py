@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Known: what the configuration of a checkpoint asks for, as names and shapes of parameters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jqx.errors import InputError
-from jqx.models import param_shapes
-from jqx_interop.architecture import optional_tensors
-from jqx_interop.families import FAMILIES, spec_from_config
+from jqx.models import ModelSpec, linear_shapes, param_shapes
+from jqx_interop.architecture import optional_tensors, spec_for
+from jqx_interop.families import FAMILIES
 from jqx_interop.families.family import REQUIRED
+from jqx_interop.families.reader import Reader
 from jqx_interop.inventory import EMBEDDINGS, KEPT
 from jqx_interop.outlines import OUTLINES, outlined_parameters
-from jqx_interop.stored_checks import linear_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -20,19 +20,21 @@ Shapes = Mapping[str, tuple[int, ...]]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
     """`parameters`: name -> shape of everything there should be, empty where that is not known;
-    `linears`: path -> [n, k] of what could be quantized; `optional`: globs of what else there may
+    `linears`: path -> [n, k] of what could be quantized; `spec`: of families that are defined here;
+    `optional`: globs of what else there may
     be; `outlined`: whether that is from an outline, which sources are not held to; `problems`:
     (rule, text).
     """
 
     parameters: Shapes
     linears: Shapes
+    spec: ModelSpec | None = None
     optional: tuple[str, ...] = ()
     outlined: bool = False
     problems: tuple[tuple[str, str], ...] = ()
 
 
-def read_known(config: Mapping[str, Any], tensors: Iterable[str]) -> Known:
+def read_known(config: Mapping[str, Any], tensors: Collection[str]) -> Known:
     """What `config` asks for; experts that are `tensors` of three axes are compared with nothing.
 
     Sizes that are none are a problem of the configuration; an architecture that is not defined here
@@ -48,7 +50,7 @@ def read_known(config: Mapping[str, Any], tensors: Iterable[str]) -> Known:
         return _nothing(*problems)
     try:
         if kind in FAMILIES:
-            return _defined(plain)
+            return _defined(plain, tensors)
         if kind in OUTLINES and not any(name.endswith(STACKS) for name in tensors):
             return _outlined(kind, plain)
     except InputError as error:
@@ -67,11 +69,11 @@ def _nothing(*problems: tuple[str, str]) -> Known:
 
 def _sizes(kind: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Sizes without which no engine builds the model."""
-    renamed = FAMILIES[kind].keys if kind in FAMILIES else {}
+    read = Reader(FAMILIES[kind], config) if kind in FAMILIES else None
     problems = []
     for meaning in REQUIRED if kind in (*FAMILIES, *OUTLINES) else ():
-        keys = renamed.get(meaning, (meaning,))
-        value = next((config[key] for key in keys if config.get(key) is not None), None)
+        keys = read.keys(meaning) if read else (meaning,)
+        value = _size(read, meaning) if read else config.get(meaning)
         needed = kind in FAMILIES or meaning != "intermediate_size"
         if (value is not None or needed) and (type(value) is not int or value < 1):
             text = f"config.json has {keys[0]} {value!r:.40}, not a whole number from 1"
@@ -79,11 +81,19 @@ def _sizes(kind: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     return problems
 
 
-def _defined(config: dict[str, Any]) -> Known:
-    spec = spec_from_config(config)
+def _size(read: Reader, meaning: str) -> Any:
+    try:
+        return read(meaning)
+    except (TypeError, ArithmeticError):  # one that is computed from others, which are no numbers
+        return None
+
+
+def _defined(config: dict[str, Any], tensors: Collection[str]) -> Known:
+    spec = spec_for(config, tensors)
     return Known(
         parameters=param_shapes(spec),
         linears=linear_shapes(spec),
+        spec=spec,
         optional=optional_tensors(spec),
     )
 

@@ -8,7 +8,7 @@ from fnmatch import translate
 
 from jqx_interop.checkpoints import TensorInfo
 
-from .facts import Facts, Linear, expected_parameters, is_known_leaf
+from .facts import Facts, Linear, expected_parameters, is_known_leaf, kind_of
 from .matching import any_of
 from .schemes import FLOAT, GPTQ, KV_LEAVES, MODELOPT, Dims, Leaf
 
@@ -161,7 +161,7 @@ def _beside(facts: Facts) -> Iterator[str]:
         leaf = name.rpartition(".")[2]
         if name in known or names.match(name):
             continue
-        if not (leaf in KV_LEAVES and ".self_attn." in f".{name}"):
+        if not (leaf in KV_LEAVES and kind_of(name) == "attention"):
             yield f"{name} is no tensor of the model"
     for path, linear in facts.linears.items():
         if f"{path}.weight" not in known and not names.match(f"{path}.weight"):

@@ -8,7 +8,15 @@ import numpy as np
 
 from jqx_interop.chain import ROWS_PER_CALL
 from jqx_interop.device import callers, compute_of
-from jqx_interop.plan import COMPILER, PROCESS, STARTUP, block_parameters, product_rate
+from jqx_interop.plan import (
+    COMPILER,
+    PROCESS,
+    STARTUP,
+    block_parameters,
+    product_rate,
+    score_operations,
+    working_width,
+)
 from jqx_interop.stored import Source
 
 from .passes import chunk_of
@@ -42,9 +50,7 @@ def forecast(task: Task) -> Forecast:
 def _block_bytes(task: Task, source: Source, rows: int) -> int:
     """A block's weights, and what calls side by side need for their tokens and decoded weights."""
     spec, carrier = source.spec, _carrier(task, source)
-    kind, weights = spec.blocks[0], block_parameters(spec)
-    widths = 6 * spec.hidden + 3 * kind.mlp.inner
-    widths += 4 * kind.attention.heads * kind.attention.head_dim
+    weights, widths = block_parameters(spec), working_width(spec)
     decoded = weights * (source.dtype.itemsize + carrier) if source.choices else 0
     calls = callers() * (min(task.windows.ids.size, rows) * widths * 4 + decoded)
     return weights * carrier + calls
@@ -65,7 +71,6 @@ def _carrier(task: Task, source: Source) -> int:
 def _operations(task: Task, source: Source) -> int:
     """Products of weights, and attention, which is four times as slow."""
     spec, tokens = source.spec, task.windows.ids.size
-    row = spec.blocks[0].attention
-    scores = 2 * tokens * task.windows.ids.shape[1] * row.heads * row.head_dim
-    blocks = len(spec.blocks) * (2 * block_parameters(spec) * tokens + 4 * scores)
+    scores = score_operations(spec, tokens, task.windows.ids.shape[1])
+    blocks = len(spec.blocks) * 2 * block_parameters(spec) * tokens + 4 * scores
     return blocks + 2 * math.prod((spec.vocab, spec.hidden, task.windows.tokens))

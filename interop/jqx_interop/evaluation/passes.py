@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from jqx.errors import InputError
-from jqx.models import Compute, ModelSpec, block, head, kinds
+from jqx.models import Compute, ModelSpec, block, embed_tensors, head, head_tensors, kinds
 from jqx_interop.chain import embed_rows, side_by_side
 from jqx_interop.hidden import HiddenStates
 from jqx_interop.progress import Progress
@@ -51,11 +51,13 @@ def run_blocks(chain: Chain, windows: Windows, title: str, progress: Progress) -
     """Take all windows through the blocks of one model. `title` names the phase."""
     source, hidden, compute = chain.source, chain.hidden, chain.compute
     spec = source.spec
-    name = f"{spec.names.embed}.weight"
-    table = source.checkpoint.read(name)
-    table = table if table.dtype == source.dtype else table.astype(source.dtype)
-    embed_rows(spec, table, windows.ids, hidden, compute)
-    source.checkpoint.release(name)
+
+    def read(name: str) -> np.ndarray:
+        return source.checkpoint.read(name).astype(source.dtype, copy=False)
+
+    embed_rows(spec, read, windows.ids, hidden, compute)
+    for name in embed_tensors(spec):
+        source.checkpoint.release(name)
     progress.phase(title, len(spec.blocks) * hidden.count)
     for i in range(len(spec.blocks)):
         _run_block(chain, i, windows.ids.shape[1], progress)
@@ -129,10 +131,7 @@ def _chunks(
 
 def _head_params(chain: Chain) -> dict[str, Any]:
     """What the head of a model needs, matrices in the dtype that products take."""
-    names = chain.source.spec.names
-    weights = names.embed if chain.source.spec.tied else names.head
-    wanted = (f"{names.final_norm}.weight", f"{weights}.weight")
-    return read_params(chain.source, wanted, chain.compute.carrier)
+    return read_params(chain.source, head_tensors(chain.source.spec), chain.compute.carrier)
 
 
 @partial(jax.jit, static_argnames=("parts",))

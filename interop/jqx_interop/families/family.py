@@ -3,19 +3,34 @@
 being asked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jqx.models import Names
+from jqx.models import Attention, BlockKind, Mlp, ModelSpec, Names, Rope
 
-Flag = bool | str
-"""A fact of the family, or the meaning of the config key that decides."""
+if TYPE_CHECKING:
+    from .reader import Reader
 
 
-def _frozen(**pairs: Any) -> Mapping[str, Any]:
+def frozen(**pairs: Any) -> Mapping[str, Any]:
+    """A table that nobody changes."""
     return MappingProxyType(pairs)
+
+
+def _every_channel(read: "Reader") -> None:
+    return None
+
+
+def _one_rope(read: "Reader") -> Rope:
+    from .rope import rope_from_config
+
+    return rope_from_config(read)
+
+
+def _as_it_is(read: "Reader", row: Any, i: int | None = None) -> Any:
+    return row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,29 +38,51 @@ class Family:
     """One model_type. Meanings are the keys of `DEFAULTS`; all rows share them and the tensor names
     of `Names`.
 
+    `title`: what the models are called. Biases are facts of the family, meanings of config keys, or
+    functions of what is read.
     `keys` renames a meaning to the config keys that carry it here, the first non-null one wins;
-    `defaults` are values of absent keys. `windows` is a key of WINDOWS: which layers slide.
-    `activations` replaces what a config file says by what the weights were trained with.
-    `embedding_scale` is a key of EMBEDDING_SCALES. `folds_rows`: ModelOpt moves the NVFP4 AWQ
-    factors of o_proj and down_proj into the rows of the linear before them.
+    `defaults` are values of absent keys, or functions of what is read. `norm` is a kind of norm;
+    `layout` where norms are; `qkv` how q, k and v lie; `mlp` the form of the MLP. `qk_norm`: what
+    queries and keys are normed over (None: nothing). `rotates`: how many channels of a head turn
+    (None: all); `rope`: how. `windows` is a key of WINDOWS: which layers slide. `activations`
+    replaces what a config file says by what the weights were trained with. `folds_rows`: ModelOpt
+    moves the NVFP4 AWQ factors of o_proj and down_proj into the rows of the linear before them.
+
+    What else a family has is said by functions of what is read: `of_attention` and `of_mlp` finish
+    those of every layer, `of_layer` a layer by its number, `of_model` the whole.
     """
 
     model_type: str
-    keys: Mapping[str, tuple[str, ...]] = field(default_factory=_frozen)
-    defaults: Mapping[str, Any] = field(default_factory=_frozen)
+    title: str
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=frozen)
+    defaults: Mapping[str, Any] = field(default_factory=frozen)
     names: Names = field(default_factory=Names)
     norm: str = "rms"
-    qk_norm: bool = False
-    qkv_bias: Flag = "attention_bias"
-    out_bias: Flag = "attention_bias"
-    mlp_bias: Flag = False
+    norm_bias: bool = False
+    layout: "str | Callable[[Reader], str]" = "pre"
+    qkv: "str | Callable[[Reader], str]" = "separate"
+    qkv_bias: Any = "attention_bias"
+    out_bias: Any = "attention_bias"
+    qk_norm: "str | None | Callable[[Reader], str | None]" = None
+    qk_norm_bias: bool = False
+    rope_pairs: str = "halves"
+    rope_types: Mapping[str, str] = field(default_factory=frozen)
+    rotates: "Callable[[Reader], int | None]" = _every_channel
+    rope: "Callable[[Reader], Rope | None]" = _one_rope
     windows: str = "never"
-    activations: Mapping[str, str] = field(default_factory=_frozen)
-    embedding_scale: str = "none"
+    mlp: str = "gated"
+    mlp_bias: Any = False
+    activations: Mapping[str, str] = field(default_factory=frozen)
+    transposed: bool = False
+    head_bias: bool = False
+    of_attention: "Callable[[Reader, Attention], Attention]" = _as_it_is
+    of_mlp: "Callable[[Reader, Mlp], Mlp]" = _as_it_is
+    of_layer: "Callable[[Reader, BlockKind, int], BlockKind]" = _as_it_is
+    of_model: "Callable[[Reader, ModelSpec], ModelSpec]" = _as_it_is
     folds_rows: bool = False
 
 
-DEFAULTS: Mapping[str, Any] = _frozen(
+DEFAULTS: Mapping[str, Any] = frozen(
     num_key_value_heads=None,  # as many as query heads
     head_dim=None,  # hidden_size / num_attention_heads
     hidden_act="silu",
@@ -60,6 +97,8 @@ DEFAULTS: Mapping[str, Any] = _frozen(
     use_sliding_window=False,
     max_window_layers=28,
     layer_types=None,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
 )
 """Values of keys a config file may leave out, where the row says nothing else. A null means None
 only where None stands here.
@@ -72,46 +111,3 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-
-NEUTRAL: Mapping[str, tuple[Any, ...]] = _frozen(
-    alibi=(None, False),
-    attention_bias=(None, False),
-    attention_multiplier=(None,),
-    attn_config=(None,),
-    attn_logit_softcapping=(None,),
-    block_configs=(None,),
-    clip_qkv=(None,),
-    embedding_multiplier=(None, 1, 1.0),
-    final_logit_softcapping=(None,),
-    kv_lora_rank=(None,),
-    layer_types=(None,),  # full attention everywhere is let through too
-    logit_scale=(None, 1, 1.0),
-    logits_scaling=(None, 1, 1.0),
-    mlp_bias=(None, False),
-    moe_intermediate_size=(None,),
-    n_routed_experts=(None,),
-    no_rope_layers=(None,),
-    num_experts=(None,),
-    num_local_experts=(None,),
-    parallel_attn=(None, False),
-    partial_rotary_factor=(None, 1, 1.0),
-    q_lora_rank=(None,),
-    qk_layernorm=(None, False),
-    quantization_config=(None,),
-    query_pre_attn_scalar=(None,),
-    residual_multiplier=(None, 1, 1.0),
-    rope_local_base_freq=(None,),
-    rotary_dim=(None,),
-    rotary_pct=(None, 1, 1.0),
-    sliding_window=(None,),
-    sliding_window_pattern=(None,),
-    text_config=(None,),
-    use_bidirectional_attention=(None, False),
-    use_parallel_residual=(None, False),
-    use_qk_norm=(None, False),
-    use_sliding_window=(None, False),
-    vision_config=(None,),
-)
-"""Keys that change the arithmetic of some family, and the values that do not. A row that does not
-read a key refuses others.
-"""

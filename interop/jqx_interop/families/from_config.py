@@ -4,29 +4,19 @@ name.
 """
 
 import difflib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 from jqx import InputError
 from jqx.models import Attention, BlockKind, Mlp, ModelSpec, Norm
 from jqx.models.layers import ACTIVATIONS
 
-from . import llama
 from .family import Family
 from .reader import Reader
-from .rope import rope_from_config
+from .rope import head_dim
+from .table import FAMILIES
 from .windows import WINDOWS
-
-FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row in llama.ROWS})
-"""model_type -> row."""
-
-EMBEDDING_SCALES: Mapping[str, Callable[[Reader], float | None]] = MappingProxyType(
-    {"none": lambda _: None, "sqrt_hidden": lambda read: math.sqrt(read("hidden_size"))}
-)
-"""What embeddings are multiplied by."""
 
 
 def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
@@ -39,37 +29,30 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         return _spec(config)
     except InputError:
         raise
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError, KeyError) as error:
         raise InputError(f"config.json has a value of the wrong kind ({error})") from error
 
 
 def _spec(config: Mapping[str, Any]) -> ModelSpec:
-    row = _row(config)
-    read, windows = Reader(row, config), WINDOWS[row.windows]
-    flags = [f for f in (row.qkv_bias, row.out_bias, row.mlp_bias) if isinstance(f, str)]
-    read.refuse_unread((*flags, *windows.reads))
+    read = Reader(family_of(config), config)
     read.check_required()
-    norm = Norm(kind=row.norm, eps=float(read("rms_norm_eps")))
-    attention = _attention(read, norm)
-    mlp = Mlp(
-        inner=read("intermediate_size"), activation=_activation(read), bias=read.flag(row.mlp_bias)
-    )
-    layers = windows.of_layers(read)
-    kinds = {
-        window: BlockKind(attention=replace(attention, window=window), mlp=mlp, norm=norm)
-        for window in set(layers)
-    }
-    return ModelSpec(
+    row = read.row
+    norm = Norm(kind=row.norm, eps=float(read("rms_norm_eps")), bias=row.norm_bias)
+    blocks = _blocks(read, norm)
+    spec = ModelSpec(
         family=row.model_type,
         vocab=read("vocab_size"),
         hidden=read("hidden_size"),
-        blocks=tuple(kinds[window] for window in layers),
+        blocks=blocks,
         final_norm=norm,
         tied=bool(read("tie_word_embeddings")),
-        embedding_scale=EMBEDDING_SCALES[row.embedding_scale](read),
+        head_bias=row.head_bias,
         init_range=float(read("initializer_range")),
         names=row.names,
     )
+    spec = row.of_model(read, spec)
+    read.refuse_unread()
+    return spec
 
 
 def context_of(config: Mapping[str, Any]) -> int:
@@ -77,13 +60,14 @@ def context_of(config: Mapping[str, Any]) -> int:
 
     Raises InputError if it says no positive number.
     """
-    tokens = Reader(_row(config), config)("max_position_embeddings")
+    tokens = Reader(family_of(config), config)("max_position_embeddings")
     if not isinstance(tokens, int) or tokens < 1:
         raise InputError(f"config.json: max_position_embeddings is {tokens!r}, no positive number")
     return tokens
 
 
-def _row(config: Mapping[str, Any]) -> Family:
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The row of a config. Raises InputError, with the nearest names, where there is none."""
     model_type, known = config.get("model_type"), ", ".join(sorted(FAMILIES))
     if model_type is None:
         raise InputError(f"config has no model_type; known: {known}")
@@ -94,6 +78,32 @@ def _row(config: Mapping[str, Any]) -> Family:
     raise InputError(f"unknown model_type {model_type!r}; {hint}known: {known}")
 
 
+def _blocks(read: Reader, norm: Norm) -> tuple[BlockKind, ...]:
+    """One kind a layer; equal ones are one object."""
+    row = read.row
+    mlp = Mlp(
+        inner=read("intermediate_size"),
+        activation=_activation(read),
+        bias=read.flag(row.mlp_bias),
+        form=row.mlp,
+    )
+    kind = BlockKind(
+        attention=row.of_attention(read, _attention(read, norm)),
+        mlp=row.of_mlp(read, mlp),
+        norm=norm,
+        layout=read.of(row.layout),
+        transposed=row.transposed,
+    )
+    known: dict[BlockKind, BlockKind] = {}
+    blocks = []
+    for i, window in enumerate(WINDOWS[row.windows](read)):
+        assert isinstance(kind.attention, Attention)
+        found = replace(kind, attention=replace(kind.attention, window=window))
+        found = row.of_layer(read, found, i)
+        blocks.append(known.setdefault(found, found))
+    return tuple(blocks)
+
+
 def _attention(read: Reader, norm: Norm) -> Attention:
     hidden, heads = read("hidden_size"), read("num_attention_heads")
     kv_heads = read("num_key_value_heads") or heads
@@ -101,21 +111,24 @@ def _attention(read: Reader, norm: Norm) -> Attention:
         raise InputError(
             f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
         )
-    head_dim = read("head_dim") or hidden // heads
-    if head_dim % 2 or (read("head_dim") is None and hidden % heads):
+    size, rope = head_dim(read), read.row.rope(read)
+    if (rope is not None and size % 2) or (read("head_dim") is None and hidden % heads):
         raise InputError(
             f"hidden_size = {hidden} and num_attention_heads = {heads} give no even head_dim; "
             "the config needs head_dim"
         )
+    over = read.of(read.row.qk_norm)
     return Attention(
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-        rope=rope_from_config(read.config, read("rope_theta"), read("max_position_embeddings")),
+        head_dim=size,
+        scale=size**-0.5,
+        rope=rope,
+        qkv=read.of(read.row.qkv),
         qkv_bias=read.flag(read.row.qkv_bias),
         out_bias=read.flag(read.row.out_bias),
-        qk_norm=norm if read.row.qk_norm else None,
+        qk_norm=None if over is None else replace(norm, bias=read.row.qk_norm_bias),
+        qk_norm_of=over or "head",
     )
 
 

@@ -2,50 +2,61 @@
 """Which layers attend through a sliding window, from the config keys each lineage uses."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from jqx import InputError
 
 from .reader import Reader
 
+Windows = tuple[int | None, ...]
+
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-@dataclass(frozen=True)
-class Windows:
-    """`of_layers` gives every layer's window (None: full attention) from the config keys in
-    `reads`.
-    """
-
-    of_layers: Callable[[Reader], tuple[int | None, ...]]
-    reads: tuple[str, ...] = ()
-
-
-def _never(read: Reader) -> tuple[int | None, ...]:
+def _never(read: Reader) -> Windows:
     return (None,) * read("num_hidden_layers")
 
 
-def _every_layer(read: Reader) -> tuple[int | None, ...]:
+def _every_layer(read: Reader) -> Windows:
     return (read("sliding_window"),) * read("num_hidden_layers")
 
 
-def _from_max_window_layers(read: Reader) -> tuple[int | None, ...]:
+def _from_max_window_layers(read: Reader) -> Windows:
     """`layer_types` decides if given, else layers from max_window_layers on slide, if windows are
     used at all.
     """
-    layers = read("num_hidden_layers")
-    window = read("sliding_window") if read("use_sliding_window") else None
-    types = read("layer_types")
+    window = _if_used(read)
+    first = read("max_window_layers")
+    return _by_types(read, window, lambda i: i >= first)
+
+
+def _by_pattern(read: Reader) -> Windows:
+    """`layer_types` decides if given, else all slide but every n-th, n from
+    sliding_window_pattern.
+    """
+    pattern, window = read("sliding_window_pattern"), read("sliding_window")
+    if window is None:
+        return _by_types(read, None, lambda i: False)
+    if isinstance(pattern, str):  # L slides
+        return _by_types(read, window, lambda i: pattern[i % len(pattern)] == "L")
+    return _by_types(read, window, lambda i: (i + 1) % pattern != 0)
+
+
+def _where_used(read: Reader) -> Windows:
+    """`layer_types` decides if given and windows are used."""
+    window = _if_used(read)
+    return _by_types(read, window, lambda i: False)
+
+
+def _if_used(read: Reader) -> int | None:
+    window = read("sliding_window")
+    return window if read("use_sliding_window") else None
+
+
+def _by_types(read: Reader, window: int | None, slides: Callable[[int], bool]) -> Windows:
+    types = read.layers("layer_types", LAYER_TYPES)
     if types is None:
-        return tuple(window if i >= read("max_window_layers") else None for i in range(layers))
-    unknown = sorted(set(types) - set(LAYER_TYPES))
-    if unknown or len(types) != layers:
-        known = ", ".join(LAYER_TYPES)
-        raise InputError(
-            f"layer_types has {len(types)} entries for {layers} layers, "
-            f"among them {sorted(set(types))}; known: {known}"
-        )
+        return tuple(window if slides(i) else None for i in range(read("num_hidden_layers")))
     if window is None and "sliding_attention" in types:
         raise InputError(
             "layer_types asks for sliding_attention, "
@@ -54,14 +65,13 @@ def _from_max_window_layers(read: Reader) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-WINDOWS: Mapping[str, Windows] = MappingProxyType(
+WINDOWS: Mapping[str, Callable[[Reader], Windows]] = MappingProxyType(
     {
-        "never": Windows(_never),
-        "every_layer": Windows(_every_layer, ("sliding_window",)),
-        "from_max_window_layers": Windows(
-            _from_max_window_layers,
-            ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-        ),
+        "never": _never,
+        "every_layer": _every_layer,
+        "from_max_window_layers": _from_max_window_layers,
+        "by_pattern": _by_pattern,
+        "where_used": _where_used,
     }
 )
-"""What a family row calls its pattern -> how it is read."""
+"""What a family row calls its pattern -> every layer's window (None: full attention)."""

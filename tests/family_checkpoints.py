@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny checkpoint of every family on disk, wide enough for all formats, and calibration ids."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from golden import make_families as golden
+from safetensors.numpy import save_file
+from tiny_families import CONFIGS
+
+from jqx.models import param_shapes
+from jqx_interop.families import spec_from_config
+
+WIDE = {
+    "hidden_size": 64,
+    "n_embd": 64,
+    "d_model": 64,
+    "head_dim": 32,
+    "kv_channels": 32,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "ff_intermediate_size": 96,
+    "ffn_hidden_size": 96,
+    "n_inner": 96,
+    "word_embed_proj_dim": 64,
+}
+"""Sizes that blocks of 32 divide, by the keys of all families."""
+
+CASES = {
+    "llama": "llama_biases",
+    "falcon": "falcon_40b",
+    "opt": "opt_post",
+    "stablelm": "stablelm_parallel",
+    "gpt_neox": "gpt_neox",
+    "baichuan": "baichuan2_13b",
+    "cohere": "cohere_qk_norm",
+    "gpt2": "gpt2",
+    "phi3": "phi3",
+}
+"""model_type -> the case that is odder than the last."""
+
+BATCHES = (2, 2, 16)
+
+
+def config_of(case: str) -> dict[str, Any]:
+    config = copy.deepcopy(CONFIGS[case])
+    config |= {key: size for key, size in WIDE.items() if config.get(key) is not None}
+    if config["model_type"] == "qwen":
+        config["intermediate_size"] = 192
+    heads = 4 if config["model_type"] != "qwen" else 2
+    config |= {key: heads for key in ("num_attention_heads", "n_head", "n_heads") if key in config}
+    return config | {"torch_dtype": "bfloat16"}
+
+
+def write(folder: Path, case: str) -> Path:
+    """The checkpoint of a case in `folder`, and "ids.npy" beside it."""
+    folder.mkdir(parents=True)
+    config = config_of(case)
+    shapes = param_shapes(spec_from_config(config))
+    drawn = {n: golden.weight(n, shape).astype(ml_dtypes.bfloat16) for n, shape in shapes.items()}
+    save_file(drawn, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    ids = np.random.RandomState(1).randint(0, golden.VOCAB, BATCHES)
+    np.save(folder.parent / "ids.npy", ids.astype(np.int64))
+    return folder

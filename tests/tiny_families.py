@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny random model of every family, and of every odd option of one: configurations, parameters,
+and the logits that another implementation has.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import restated
+from flax.traverse_util import unflatten_dict
+from golden import make_families as golden
+from golden import make_models
+
+from jqx import models
+from jqx_interop.families import spec_from_config
+
+CONFIGS: dict[str, dict[str, Any]] = {**make_models.CASES, **golden.CASES, **restated.CASES}
+"""Name -> config.json."""
+
+ONE_EACH = {config["model_type"]: case for case, config in CONFIGS.items()}
+"""model_type -> the last of its cases."""
+
+IDS = jnp.asarray(golden.token_ids(), jnp.int32)
+
+
+@cache
+def spec_of(case: str) -> models.ModelSpec:
+    return spec_from_config(CONFIGS[case])
+
+
+@cache
+def tensors_of(case: str) -> dict[str, np.ndarray]:
+    """Float32 tensors by name, as they were drawn when the answers were made."""
+    draw = make_models.weight if case in make_models.CASES else golden.weight
+    return {name: draw(name, shape) for name, shape in models.param_shapes(spec_of(case)).items()}
+
+
+@cache
+def params_of(case: str) -> dict[str, Any]:
+    leaves = {name: jnp.asarray(a) for name, a in tensors_of(case).items()}
+    return unflatten_dict(leaves, sep=".")
+
+
+@cache
+def logits_of(case: str) -> np.ndarray:
+    return np.asarray(models.forward(spec_of(case), params_of(case), IDS))
+
+
+@cache
+def _recorded(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+def answers(case: str) -> tuple[tuple[int, ...], np.ndarray]:
+    """Places in the sequences, and the logits of another implementation there."""
+    if case in make_models.CASES:
+        known = _recorded(make_models.FIXTURE)[f"{case}|float32"]
+    elif case in golden.CASES:
+        return golden.PLACES, _recorded(golden.FIXTURE)[case]
+    else:
+        known = restated.logits(CONFIGS[case], tensors_of(case), np.asarray(IDS))
+    return tuple(range(known.shape[1])), known
+
+
+def saved_config(case: str) -> dict[str, Any]:
+    """The config.json that transformers writes for a case of golden.CASES."""
+    return json.loads(str(_recorded(golden.FIXTURE)[f"{case}|config"]))
+
+
+def distance(case: str, got: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest difference over the spread of the wanted logits, of tokens that are used."""
+    used = [i for i in range(wanted.shape[-1]) if i not in spec_of(case).unused]
+    got, wanted = np.asarray(got)[..., used], wanted[..., used]
+    return float(np.max(np.abs(got - wanted)) / np.std(wanted))
