@@ -108,9 +108,8 @@ class Job:
     @property
     def reports_outputs(self) -> bool:
         """Whether the errors of outputs are measured: where asked for, and inputs can be had."""
-        given = (self.settings.activations, self.settings.stats)
-        can = self.spec is not None or any(source is not None for source in given)
-        return self.settings.report is not None and can
+        given = (self.spec, self.settings.activations, self.settings.stats)
+        return self.settings.report is not None and any(x is not None for x in given)
 
     @cached_property
     def folds(self) -> Folds:
@@ -250,8 +249,8 @@ def decide(
     kv = row.kv_cache if settings.kv_cache is None else find_kv(settings.kv_cache)
     config = with_kv(apply_options(row.config, settings), kv)
     data_free = not calibrated(config) and (kv is None or KV_FORMATS[kv].cast)
-    recorded = settings.activations is not None or settings.stats is not None
-    recorded = recorded or not checkpoint.files
+    given = (settings.activations, settings.stats)
+    recorded = not checkpoint.files or any(source is not None for source in given)
     spec = spec_of(checkpoint, must=in_memory or (not data_free and not recorded))
     if spec is not None:
         check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
