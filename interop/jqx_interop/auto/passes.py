@@ -94,7 +94,16 @@ class Passes:
 
     def params(self, i: int) -> dict[str, Any]:
         """The parameters of block `i`."""
-        return load_block(self.job, i, self.compute)
+        params = jax.block_until_ready(load_block(self.job, i, self.compute))
+        self._release(self.job, i)
+        return params
+
+    def _release(self, job: Job, i: int) -> None:
+        """Let go of the pages of block `i`, when nothing is computed from them any more: they would
+        come back.
+        """
+        for name in job.inventory.units[job.inventory.blocks[i]]:
+            job.checkpoint.release(name)
 
     def forward(self, progress: Progress) -> None:
         """Run the model and keep the states before every block, and those after the last."""
@@ -157,8 +166,9 @@ class Passes:
             fmt, name = find_format(choice.weight or ""), path.removeprefix(prefix)
             weight = jnp.asarray(read_weight(job, path))
             found[name] = Simulated.of(linear, fmt, choice.input, weight)
-            job.checkpoint.release(f"{path}.weight")
-        return jax.block_until_ready(found)
+        jax.block_until_ready(found)
+        self._release(job, i)
+        return found
 
     def groups_of(self, i: int) -> dict[str, tuple[str, ...]]:
         """The groups of block `i`, by their names, with their members as the block calls them."""
