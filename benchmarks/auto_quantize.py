@@ -20,11 +20,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jqx.auto import NONE
+from jqx.auto import NONE, Way
 from jqx_interop.auto import Limit, Scored, Scoring, chosen, scored
 from jqx_interop.auto.passes import Passes, Task
 from jqx_interop.auto.scoring import head_divergence, run_block
-from jqx_interop.auto.ways import Way, way_of
+from jqx_interop.auto.ways import ways_of
 from jqx_interop.data import CalibrationSet, load_calibration
 from jqx_interop.progress import Silent
 from jqx_interop.settings import Settings
@@ -113,7 +113,7 @@ def rows_of(methods: Mapping[str, Scored], most: float, draws: int) -> list[Row]
         choice = chosen(found, limit)
         rows.append(Row(name, choice.costs["quantizable"], choice.choices))
     first = next(iter(methods.values()))
-    way = way_of("quantizable", first, limit.weighting)
+    way = ways_of(first, limit.weighting)["quantizable"]
     for draw in range(draws):
         picked = random_choice(way, most, np.random.default_rng(draw))
         costs = [g.costs[g.candidates.index(picked[g.name])] for g in way.groups]

@@ -8,21 +8,18 @@ import shutil
 from pathlib import Path
 
 import exports
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import write
 from command import jqx, refused
 from damage import arrays
+from whole_model import Whole
 
 import jqx_interop as ji
-from jqx.algorithms.simulate import simulate
+from jqx.auto import BIT_COUNTS
 from jqx.errors import InputError
-from jqx.formats import find_format
-from jqx.models import forward
-from jqx.transforms import observe, probe, probes
-from jqx_interop.auto import BIT_COUNTS, AutoSettings, Limit, Scoring, auto_quantize, chosen, scored
+from jqx_interop.auto import AutoSettings, Limit, Scoring, auto_quantize, chosen, scored
 from jqx_interop.auto import gradients as auto_gradients
 from jqx_interop.auto import run as auto_run
 from jqx_interop.progress import Silent
@@ -35,15 +32,12 @@ SCORING = Scoring(recipes=FORMATS)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A checkpoint in float32, and beside it ids.npy, [2 batches, 2, 16]."""
-    root = tmp_path_factory.mktemp("auto")
-    base = exports.write_base(root / "llama", "llama_f32")
-    np.save(root / "ids.npy", exports.token_ids("llama"))
-    return base
+    """A checkpoint in float32, and beside it llama-ids.npy, [2 batches, 2, 16]."""
+    return exports.write_base(tmp_path_factory.mktemp("auto") / "llama", "llama_f32")
 
 
 def settings(model, **more):
-    return Settings(calib=model.with_name("ids.npy"), **more)
+    return Settings(calib=model.with_name("llama-ids.npy"), **more)
 
 
 @pytest.fixture(scope="module")
@@ -51,48 +45,17 @@ def found(model):
     return scored(model, SCORING, model.with_name("scores"), settings(model), Silent())
 
 
-def outputs_of(x, w, bounds):
-    """Outputs as ModelOpt simulates them, for both formats."""
-    fp8, nvfp4 = find_format("fp8"), find_format("nvfp4")
-    yield "fp8", simulate(x, fp8, bounds) @ simulate(w, fp8).T
-    yield "nvfp4", simulate(x, nvfp4, None, bounds) @ simulate(w, nvfp4).T
-
-
 def test_scores_follow_the_definition(model, found):
     """The gradient of the whole model at once, and the change of each linear's outputs."""
-    loaded, ids = ji.load(model), jnp.asarray(exports.token_ids("llama"), jnp.int32)
-    paths = [path for group in found.groups for path in group]
-    assert len(paths) == 14
-    names = [f"{path}.weight" for path in paths]
-
-    def loss(params, ids):
-        logits = jax.nn.log_softmax(forward(loaded.spec, params, ids)[:, :-1])
-        return -jnp.mean(jnp.take_along_axis(logits, ids[:, 1:, None], -1))
-
-    def met(params, ids):
-        keep = lambda use, x: x if use.op == "dot" and use.path in names else None  # noqa: E731
-        return observe(loss, keep, merge=lambda a, b: a)(params, ids)[1]
-
-    inputs = [jax.jit(met)(loaded.params, batch) for batch in ids]
-    losses, wanted = [], {path: {"fp8": 0.0, "nvfp4": 0.0} for path in paths}
-    for batch, mine in zip(ids, inputs, strict=True):
-        added = probes(loss, loaded.params, batch, paths=names)
-        losses.append(float(loss(loaded.params, batch)))
-        gradients = jax.jit(jax.grad(lambda a, b=batch: probe(loss)(loaded.params, a, b)))(added)
-        for path in paths:
-            name = f"{path}.weight"
-            w = jnp.asarray(arrays(model)[name])
-            x = mine[name].reshape(-1, w.shape[1])
-            most = max(float(jnp.max(jnp.abs(part[name]))) for part in inputs)
-            gradient = gradients[name][0].reshape(-1, w.shape[0])
-            for kind, y in outputs_of(x, w, jnp.float32(most)):
-                wanted[path][kind] += float(jnp.sum(jnp.square(gradient * (y - x @ w.T))))
-    assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert sum(len(group) for group in found.groups) == 14
+    whole = Whole(model, jnp.asarray(exports.token_ids("llama"), jnp.int32), found.groups)
+    wanted, loss = whole.gradient_scores(found.groups, FORMATS)
+    assert found.loss == pytest.approx(loss, rel=1e-5)
     assert set(found.scores) == {group[0] for group in found.groups}
     for group in found.groups:
         for kind in FORMATS:
-            together = sum(wanted[path][kind] for path in group)
-            assert found.scores[group[0]][kind] == pytest.approx(together, rel=0.02), group
+            mine = found.scores[group[0]][kind]
+            assert mine == pytest.approx(wanted[group[0]][kind], rel=0.02), group
 
 
 @pytest.mark.parametrize("count", BIT_COUNTS)
@@ -117,7 +80,7 @@ def test_more_bits_lose_no_more(found):
 
 
 def test_the_command_writes_what_was_chosen(model, tmp_path):
-    ids = model.with_name("ids.npy")
+    ids = model.with_name("llama-ids.npy")
     asked = ("--formats", "nvfp4, fp8", "--calib", ids, "--scores", tmp_path / "kept", "--json")
     code, out, err = jqx("auto", model, tmp_path / "out", "--bits", "6.6", *asked)
     assert code == 0, err
@@ -205,7 +168,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("asked", "told"), WRONG.values(), ids=WRONG)
 def test_what_is_refused(model, found, tmp_path, asked, told):
-    kept = ("--scores", model.with_name("scores"), "--calib", model.with_name("ids.npy"))
+    kept = ("--scores", model.with_name("scores"), "--calib", model.with_name("llama-ids.npy"))
     refused("auto", model, tmp_path / "out", *kept, *asked, saying=told)
     assert not (tmp_path / "out").exists()
 
@@ -215,5 +178,5 @@ def test_a_loss_that_is_no_number(model, tmp_path):
     changed = arrays(base)
     changed["lm_head.weight"] = np.full_like(changed["lm_head.weight"], 3e38)
     write(base, changed)
-    ids = model.with_name("ids.npy")
+    ids = model.with_name("llama-ids.npy")
     refused("auto", base, tmp_path / "out", "--calib", ids, saying="the loss on these data is")

@@ -6,14 +6,14 @@ import math
 from pathlib import Path
 
 import exports
-import numpy as np
 import pytest
 from command import jqx, refused
 
-from jqx.auto import Weighting, active_ratio
+from jqx.auto import Weighting
 from jqx.errors import InputError
 from jqx_interop.auto import Limit, Scoring, chosen, limit_of, scored
-from jqx_interop.auto.ways import read_table, way_of
+from jqx_interop.auto.experts import active_ratio
+from jqx_interop.auto.ways import read_table, ways_of
 from jqx_interop.checkpoints import open_checkpoint
 from jqx_interop.progress import Silent
 from jqx_interop.settings import Settings
@@ -23,15 +23,12 @@ FORMATS = ("nvfp4", "fp8")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A checkpoint in bfloat16, and beside it ids.npy."""
-    root = tmp_path_factory.mktemp("budgets")
-    base = exports.write_base(root / "llama", "llama")
-    np.save(root / "ids.npy", exports.token_ids("llama"))
-    return base
+    """A checkpoint in bfloat16, and beside it llama-ids.npy, [2 batches, 2, 16]."""
+    return exports.write_base(tmp_path_factory.mktemp("budgets") / "llama", "llama")
 
 
 def scores_of(model, folder, **more):
-    given = Settings(calib=model.with_name("ids.npy"))
+    given = Settings(calib=model.with_name("llama-ids.npy"))
     how = Scoring(recipes=FORMATS, **more)
     return scored(model, how, model.with_name(folder), given, Silent())
 
@@ -42,7 +39,7 @@ def found(model):
 
 
 def auto(model, out, *words):
-    kept = ("--scores", model.with_name("scores"), "--calib", model.with_name("ids.npy"))
+    kept = ("--scores", model.with_name("scores"), "--calib", model.with_name("llama-ids.npy"))
     return jqx("auto", model, out, *kept, *words, "--json")
 
 
@@ -53,7 +50,7 @@ def shapes(model):
 
 
 def test_a_budget_in_bytes_is_what_is_written(model, found, tmp_path):
-    way = way_of("bytes", found, Weighting())
+    way = ways_of(found, Weighting())["bytes"]
     budget = (way.least + sum(max(g.costs) for g in way.groups) + way.fixed) / 2
     code, out, err = auto(model, tmp_path / "out", "--max-bytes", int(budget))
     assert code == 0, err
@@ -123,15 +120,15 @@ def test_a_table_is_read(tmp_path):
 
 def test_weights_that_do_not_count(model, found):
     """Excluded linears leave numerator and denominator; a group counts as long as a member does."""
-    plain = way_of("modelopt", found, Weighting())
+    plain = ways_of(found, Weighting())["modelopt"]
     numel = {path: math.prod(shape) for path, shape in shapes(model).items()}
     assert plain.per == sum(numel.values())
     downs = Weighting(excluded=("*down_proj",))
-    way = way_of("modelopt", found, downs)
+    way = ways_of(found, downs)["modelopt"]
     off = sum(n for path, n in numel.items() if path.endswith("down_proj"))
     assert way.per == plain.per - off
     assert all(set(g.costs) == {0.0} for g in way.groups if g.name.endswith("down_proj"))
-    some = way_of("modelopt", found, Weighting(excluded=("*q_proj",)))
+    some = ways_of(found, Weighting(excluded=("*q_proj",)))["modelopt"]
     assert some.per == plain.per
     choice = chosen(found, Limit(most=6.0, weighting=downs))
     assert {name for path, name in choice.choices.items() if path.endswith("down_proj")} == {"none"}
@@ -176,13 +173,13 @@ def test_linears_that_are_disabled(model):
     assert not any(path.endswith("down_proj") for path in open_)
     assert "model.layers.0.self_attn.q_proj" not in open_
     assert "model.layers.1.self_attn.q_proj" in open_
-    whole = way_of("modelopt", found, Weighting())
+    whole = ways_of(found, Weighting())["modelopt"]
     assert whole.per == sum(math.prod(shape) for shape in shapes(model).values())
 
 
 def test_options_change_the_recipes_that_know_them(model, tmp_path):
     words = ("--formats", "int4_awq,int8", "--set", "block=64", "--target", "compressed-tensors")
-    kept = ("--scores", tmp_path / "kept", "--calib", model.with_name("ids.npy"))
+    kept = ("--scores", tmp_path / "kept", "--calib", model.with_name("llama-ids.npy"))
     code, _, err = jqx("auto", model, tmp_path / "out", *kept, *words, "--bits", "9")
     assert code == 0, err
     described = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -215,6 +212,6 @@ WRONG = {
 
 @pytest.mark.parametrize(("asked", "told"), WRONG.values(), ids=WRONG)
 def test_what_is_refused(model, found, tmp_path, asked, told):
-    kept = ("--scores", model.with_name("scores"), "--calib", model.with_name("ids.npy"))
+    kept = ("--scores", model.with_name("scores"), "--calib", model.with_name("llama-ids.npy"))
     refused("auto", model, tmp_path / "out", *kept, *asked, saying=told)
     assert not Path(tmp_path / "out").exists()

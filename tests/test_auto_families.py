@@ -4,7 +4,6 @@ with norms in other places, with positions that are learned or biases of scores.
 """
 
 import family_checkpoints
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from golden import make_families
 from tiny_families import ONE_EACH
 from whole_model import Whole
 
-from jqx.transforms import probe
 from jqx_interop.auto import Scoring, scored
 from jqx_interop.progress import Silent
 from jqx_interop.settings import Settings
@@ -36,21 +34,7 @@ def test_scores_follow_the_definition(tmp_path, kind):
     whole = Whole(model, jnp.asarray(ids, jnp.int32), found.groups)
     assert found.groups
 
-    @jax.jit
-    @jax.grad
-    def gradient(added, ids):
-        log_p = jax.nn.log_softmax(probe(whole.logits)(whole.loaded.params, added, ids)[:, :-1])
-        return -jnp.mean(jnp.take_along_axis(log_p, ids[:, 1:, None], -1))
-
-    wanted = {group[0]: dict.fromkeys(FORMATS, 0.0) for group in found.groups}
-    for number in range(len(ids)):
-        g = gradient(whole.added(number), whole.ids[number])
-        for group in found.groups:
-            for path in group:
-                for name in FORMATS:
-                    change = whole.change(number, path, name)
-                    mine = g[f"{path}.weight"][0].reshape(change.shape)
-                    wanted[group[0]][name] += float(jnp.sum(jnp.square(mine * change)))
+    wanted, _ = whole.gradient_scores(found.groups, FORMATS)
     for group in found.groups:
         for name in FORMATS:
             assert found.scores[group[0]][name] == pytest.approx(wanted[group[0]][name], rel=0.05)

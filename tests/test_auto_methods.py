@@ -9,7 +9,6 @@ from pathlib import Path
 import exports
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from whole_model import Whole
 
@@ -33,15 +32,12 @@ FORMATS = ("nvfp4", "fp8")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A checkpoint in float32, and beside it ids.npy, [2 batches, 2, 16]."""
-    root = tmp_path_factory.mktemp("methods")
-    base = exports.write_base(root / "llama", "llama_f32")
-    np.save(root / "ids.npy", exports.token_ids("llama"))
-    return base
+    """A checkpoint in float32, and beside it llama-ids.npy, [2 batches, 2, 16]."""
+    return exports.write_base(tmp_path_factory.mktemp("methods") / "llama", "llama_f32")
 
 
 def settings(model, **more):
-    return Settings(calib=model.with_name("ids.npy"), **more)
+    return Settings(calib=model.with_name("llama-ids.npy"), **more)
 
 
 @pytest.mark.parametrize("wave", [divergences.WAVE_BYTES, 1], ids=["one wave", "waves"])

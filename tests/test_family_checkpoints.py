@@ -36,21 +36,18 @@ def change(model: Path, drop: str = "", prefix: str = "", **more: np.ndarray) ->
     save_file(tensors | more, file, {"format": "pt"})
 
 
+def in_fp8(model: Path) -> tuple[object, ...]:
+    """The command that quantizes it, to "out" beside it."""
+    ids, out = model.with_name("ids.npy"), model.with_name("out")
+    return "quantize", model, out, "--qformat", "fp8", "--calib", ids
+
+
 @pytest.mark.parametrize("kind", list(ONE_EACH))
 def test_a_tensor_that_no_row_claims_is_refused_by_name(kind: str, tmp_path: Path):
     model = written(tmp_path / "model", kind)
     strange = "model.layers.0.mlp.experts.3.weight"
     change(model, **{strange: np.ones((2, 2), ml_dtypes.bfloat16)})
-    words = (
-        "quantize",
-        model,
-        tmp_path / "out",
-        "--qformat",
-        "fp8",
-        "--calib",
-        tmp_path / "ids.npy",
-    )
-    refused(*words, saying=f"tensor {strange} is not part of the model")
+    refused(*in_fp8(model), saying=f"tensor {strange} is not part of the model")
     assert not (tmp_path / "out").exists()
 
 
@@ -59,16 +56,7 @@ def test_a_missing_tensor_is_named(kind: str, tmp_path: Path):
     model = written(tmp_path / "model", kind)
     last = list(load_file(model / "model.safetensors"))[-1]
     change(model, drop=last)
-    words = (
-        "quantize",
-        model,
-        tmp_path / "out",
-        "--qformat",
-        "fp8",
-        "--calib",
-        tmp_path / "ids.npy",
-    )
-    refused(*words, saying=f"tensor {last} is missing")
+    refused(*in_fp8(model), saying=f"tensor {last} is missing")
 
 
 @pytest.mark.parametrize("kind", BUFFERS)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model in one piece, for the definitions of scores of its linears. Imported by the tests."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -57,3 +58,22 @@ class Whole:
             name = f"{path}.weight"
             added[name] = (change.reshape(added[name][0].shape),)
         return self.log_p(self.loaded.params, added, self.ids[number])
+
+    def gradient_scores(self, groups, kinds):
+        """Sums of (gradient times change)^2, and the mean loss of a batch."""
+
+        def loss(added, ids):
+            log_p = jax.nn.log_softmax(probe(self.logits)(self.loaded.params, added, ids)[:, :-1])
+            return -jnp.mean(jnp.take_along_axis(log_p, ids[:, 1:, None], -1))
+
+        run, losses = jax.jit(jax.value_and_grad(loss)), []
+        scores = {group[0]: dict.fromkeys(kinds, 0.0) for group in groups}
+        for number in range(len(self.ids)):
+            value, g = run(self.added(number), self.ids[number])
+            losses.append(float(value))
+            for group, kind in itertools.product(groups, kinds):
+                for path in group:
+                    change = self.change(number, path, kind)
+                    mine = g[f"{path}.weight"][0].reshape(change.shape)
+                    scores[group[0]][kind] += float(jnp.sum(jnp.square(mine * change)))
+        return scores, sum(losses) / len(losses)

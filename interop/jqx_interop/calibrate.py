@@ -2,7 +2,7 @@
 """calibrate: the statistics that recipes need, written once for all of them (see saved_stats)."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,16 @@ def job_for(model: str | Path, recipes: Iterable[str | Recipe], settings: Settin
     nothing.
     """
     jobs = [prepare(model, recipe, settings) for recipe in recipes]
-    if not jobs and settings.options:
+    if jobs:
+        return joined(jobs)
+    if settings.options:
         raise InputError("--set changes recipes: name those that it is for (--qformat, --recipe)")
-    if not jobs:
-        base = prepare(model, "int8", settings)
-        return replace(base, asked=dict.fromkeys(base.choices, EVERYTHING))
+    base = prepare(model, "int8", settings)
+    return replace(base, asked=dict.fromkeys(base.choices, EVERYTHING))
+
+
+def joined(jobs: Sequence[Job]) -> Job:
+    """The job that collects what all of these need."""
     asked: dict[str, dict[str, None]] = {}
     for job in jobs:
         for path in job.choices:

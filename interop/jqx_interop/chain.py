@@ -33,6 +33,19 @@ def rows_per_call(n: int, tokens: int, batch_size: int) -> int:
     return -(-n // -(-n // min(rows, n)))
 
 
+def used_rows(
+    spec: ModelSpec, read: Callable[[str], np.ndarray], ids: Int[np.ndarray, "n t"]
+) -> tuple[Int[np.ndarray, "n t"], dict[str, Any]]:
+    """`ids` as rows of a table of embeddings that has only those that occur, and the parameters of
+    `embed` with it; no others are read.
+    """
+    used, inverse = np.unique(ids, return_inverse=True)
+    table, *others = embed_tensors(spec)
+    leaves = {table: jnp.asarray(read(table)[used])}
+    params = unflatten(leaves | {name: jnp.asarray(read(name)) for name in others})
+    return inverse.reshape(ids.shape).astype(np.int32), params
+
+
 def embed_rows(
     spec: ModelSpec,
     read: Callable[[str], np.ndarray],
@@ -41,13 +54,9 @@ def embed_rows(
     compute: Compute,
 ) -> None:
     """Put the embeddings of `ids` into `hidden`, which is then before block 0. `read` gives tensors
-    by name; of the table of embeddings only the rows that occur are read.
+    by name.
     """
-    used, inverse = np.unique(ids, return_inverse=True)
-    rows = inverse.reshape(ids.shape).astype(np.int32)
-    table, *others = embed_tensors(spec)
-    leaves = {table: jnp.asarray(read(table)[used])}
-    params = unflatten(leaves | {name: jnp.asarray(read(name)) for name in others})
+    rows, params = used_rows(spec, read, ids)
     hidden.block = -1
     for i, part in enumerate(hidden.batches(rows)):
         hidden.put(i, embed(spec, params, jnp.asarray(part), compute))

@@ -171,6 +171,7 @@ def read_leaf(job: Job, name: str, compute: Compute) -> jax.Array:
     """The tensor `name`, a matrix in the dtype that products take; its pages are released."""
     array = jnp.asarray(read_tensor(job, name))
     leaf = array.astype(compute.carrier) if array.ndim > 1 else array
+    jax.block_until_ready(leaf)  # or what is still computed brings the pages back
     job.checkpoint.release(name)
     return leaf
 

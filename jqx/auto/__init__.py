@@ -11,7 +11,9 @@ from .search import bisected as bisected
 from .search import curve as curve
 from .search import monotone as monotone
 from .search import optimum as optimum
+from .ways import BIT_COUNTS as BIT_COUNTS
+from .ways import Counted as Counted
+from .ways import Way as Way
+from .ways import bits_way as bits_way
 from .weighting import PLAIN_BITS as PLAIN_BITS
 from .weighting import Weighting as Weighting
-from .weighting import active_ratio as active_ratio
-from .weighting import bits_of as bits_of

@@ -25,10 +25,9 @@ from jqx.transforms.decoding import is_stored
 from jqx.transforms.interpret import PRODUCTS
 
 from .keywords import Request, request_of
-from .mixing import NONE, Mixable, mixed
-from .search import Budget, Group, bisected, curve, monotone, optimum
-from .sensitivity import METHODS, method_of
-from .weighting import PLAIN_BITS, bits_of
+from .mixing import NONE, Mixable, mixed, part_of, takes_part
+from .sensitivity import METHODS, Task, method_of
+from .ways import BIT_COUNTS, Counted, bits_way
 
 LEAF = r"(?P<leaf>(\.[^.]+)?)"
 TOGETHER = (
@@ -41,9 +40,6 @@ TOGETHER = (
 """Names of parameters that choose together where they have one parent: what reads one input, and
 experts. (ModelOpt 0.47, and the names of Flax.)
 """
-
-COUNTS = {"modelopt": (False, True), "quantizable": (True, False)}
-"""Way to count bits -> whether scales count, and whether what nobody may quantize does, at 16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +95,20 @@ def auto_quantize(  # noqa: PLR0913  a contract
     if not found:
         raise InputError("there are no batches: scores need at least one")
     told = axes(apply_fn, params, *found[0])
-    sources = [_source(apply_fn, params, found[: asked.num_calib_steps], c) for c in asked.formats]
+    data = found[: asked.num_calib_steps]
+    sources = [_source(apply_fn, params, data, told, given) for given in asked.formats]
     candidates = [candidate for candidate, _ in sources]
     groups = _groups(candidates, told, asked.disabled_layers)
     stored = {p: {c.name: qs[p] for c, qs in sources} for group in groups for p in group}
-    batches = found[: asked.num_score_steps]
-    scores, loss = METHODS[method](apply_fn, loss_fn, params, batches, (groups, stored))
+    task = Task(
+        apply_fn=apply_fn,
+        loss_fn=loss_fn,
+        params=params,
+        batches=found[: asked.num_score_steps],
+        groups=groups,
+        stored=stored,
+    )
+    scores, loss = METHODS[method](task)
     scored = _Scored(
         method=method,
         params=params,
@@ -133,16 +137,19 @@ class _Scored:
 
 
 def _source(
-    apply_fn: Callable[..., Any], params: Any, batches: list[tuple[Any, ...]], given: Any
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Sequence[tuple[Any, ...]],
+    told: Mapping[str, Axes],
+    given: Any,
 ) -> tuple[Mixable, dict[str, QTensor]]:
     """A candidate and what it stores, by path."""
     config = config_of(given)
     name = find_recipe(given).name if isinstance(given, str) else _name_of(config)
-    if any("awq" in step.method for step in config.steps):  # ModelOpt saves time so
-        batches = batches[: max(1, len(batches) // 4)]
-    stats = calibrate(apply_fn, params, batches, config)
+    data = part_of(batches) if takes_part(config.steps) else batches
+    stats = calibrate(apply_fn, params, data, config)
     leaves = named_leaves(quantize(params, config, stats), is_stored)
-    chosen = choose(config, axes(apply_fn, params, *batches[0]), stats.meta.get("names", ()))
+    chosen = choose(config, told, stats.meta.get("names", ()))
     qs = {path: leaf for path, leaf in leaves if isinstance(leaf, QTensor)}
     return Mixable(name=name, choices={p: chosen[p] for p in qs}, steps=config.steps), qs
 
@@ -164,7 +171,7 @@ def _groups(
     names = [candidate.name for candidate in candidates]
     if len(set(names)) < len(names):
         raise InputError(f"formats are given twice: {', '.join(names)}")
-    linears = [path for path, row in told.items() if set(row.ops) & set(PRODUCTS)]
+    linears = _linears(told)
     for glob in disabled:
         if not any(fnmatchcase(path, glob) for path in linears):
             raise nearest(glob, linears, "glob of layers to leave out, no parameter in a product")
@@ -189,68 +196,38 @@ def _key(path: str) -> tuple[str, ...]:
     return ("alone", path)
 
 
+def _linears(told: Mapping[str, Axes]) -> list[str]:
+    return [path for path, row in told.items() if set(row.ops) & set(PRODUCTS)]
+
+
 def _chosen(scored: _Scored, asked: Request) -> AutoQuantized:
-    ways = {name: _way(scored, asked, *COUNTS[name]) for name in COUNTS}
-    groups, weights, fixed = ways[asked.count]
-    least = (fixed + sum(min(group.costs) for group in groups)) / weights
-    if asked.bits < least * (1 - 1e-12):
-        other = next(name for name in COUNTS if name != asked.count)
+    counted = Counted(
+        groups=scored.groups,
+        choices={c.name: c.choices for c in scored.candidates},
+        scores=scored.scores,
+        numel={path: math.prod(scored.axes[path].shape) for path in _linears(scored.axes)},
+    )
+    ways = {name: bits_way(name, counted, asked.weighting) for name in BIT_COUNTS}
+    way = ways[asked.count]
+    if not way.reaches(asked.bits):
+        other = next(name for name in BIT_COUNTS if name != asked.count)
         raise InputError(
             f"{asked.bits:g} bits a weight cannot be reached with these formats: the least is "
-            f"{least:.2f}, counted as {asked.count} does; give as many, a smaller format, or "
+            f"{way.least:.2f}, counted as {asked.count} does; give as many, a smaller format, or "
             f'count="{other}"'
         )
-    budget = Budget(most=asked.bits * weights * (1 + 1e-12), fixed=fixed)
-    found = (bisected if scored.method == "kl" else optimum)(groups, budget)
-    choices = {path: found.choices[group.name] for group in groups for path in group.members}
-    leaves = named_leaves(scored.params)
+    found = way.best(asked.bits, scored.method)
+    choices = way.members(found)
     picked = {p: scored.stored[p][name] for p, name in choices.items() if name != NONE}
-    structure = jax.tree.structure(scored.params)
+    structure, leaves = jax.tree.structure(scored.params), named_leaves(scored.params)
     return AutoQuantized(
         params=structure.unflatten([picked.get(path, leaf) for path, leaf in leaves]),
         config=mixed(scored.candidates, choices, {p: p.replace("[", "[[]") for p in choices}),
         choices=choices,
         scores=scored.scores,
         score=found.score,
-        bits={name: _bits(way, found.choices) for name, way in ways.items()},
+        bits={name: other.cost(found) for name, other in ways.items()},
         loss=scored.loss,
-        curve=tuple((point.cost / weights, point.score) for point in curve(groups, fixed)),
+        curve=way.curve(),
         within=lambda bits: _chosen(scored, replace(asked, bits=bits)),
     )
-
-
-Way = tuple[list[Group], float, float]
-"""Groups with their costs, how many weights bits are about, and the bits that nobody chooses."""
-
-
-def _way(scored: _Scored, asked: Request, scales: bool, whole: bool) -> Way:
-    numel = {path: math.prod(row.shape) for path, row in scored.axes.items()}
-    groups = []
-    for paths in scored.groups:
-        factor = asked.weighting.of(paths)
-        costs = [
-            factor * sum(numel[p] * bits_of(c.choices[p], scales=scales) for p in paths)
-            for c in scored.candidates
-        ]
-        plain = factor * PLAIN_BITS * sum(numel[p] for p in paths)
-        names = [c.name for c in scored.candidates]
-        group = Group(
-            members=paths,
-            candidates=(*names, NONE),
-            scores=(*(scored.scores[paths[0]][name] for name in names), 0.0),
-            costs=(*costs, plain),
-        )
-        groups.append(monotone(group))
-    mine = {path for paths in scored.groups for path in paths}
-    rest = [p for p, row in scored.axes.items() if set(row.ops) & set(PRODUCTS) and p not in mine]
-    fixed = sum(asked.weighting.of((p,)) * numel[p] for p in rest) if whole else 0.0
-    weights = sum(group.costs[-1] for group in groups) / PLAIN_BITS + fixed
-    if weights <= 0:
-        raise InputError("no weight counts: leave out less of them in the cost")
-    return groups, weights, PLAIN_BITS * fixed
-
-
-def _bits(way: Way, choices: Mapping[str, str]) -> float:
-    groups, weights, fixed = way
-    cost = sum(group.costs[group.candidates.index(choices[group.name])] for group in groups)
-    return (cost + fixed) / weights

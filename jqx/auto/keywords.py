@@ -7,9 +7,9 @@ from typing import Any
 
 from jqx.errors import InputError, nearest
 
+from .ways import BIT_COUNTS
 from .weighting import PLAIN_BITS, Weighting
 
-COUNT_NAMES = ("modelopt", "quantizable")
 CONSTRAINTS = ("effective_bits", "cost_model", "cost")
 COST_MODELS = ("weight", "active_moe")
 COSTS = ("active_moe_expert_ratio", "excluded_module_name_patterns")
@@ -94,8 +94,8 @@ def _check(request: Request) -> None:
     bits = request.bits
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits <= PLAIN_BITS:
         raise InputError(f"bits is {bits!r}; give a number in (0, 16]")
-    if request.count not in COUNT_NAMES:
-        raise nearest(request.count, COUNT_NAMES, "way to count bits")
+    if request.count not in BIT_COUNTS:
+        raise nearest(request.count, BIT_COUNTS, "way to count bits")
     for name in ("num_calib_steps", "num_score_steps"):
         steps = getattr(request, name)
         if steps is not None and (not isinstance(steps, int) or steps < 1):

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several configurations as one: every linear takes what one of them says about it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from jqx.algorithms.table import applicable
 from jqx.config import Algorithm, Choice, QuantConfig, Rule
 from jqx.errors import InputError
 from jqx.formats import find_format
+
+T = TypeVar("T")
 
 NONE = "none"
 """The candidate that leaves linears as they are; always there."""
@@ -20,6 +23,21 @@ class Mixable:
     name: str
     choices: Mapping[str, Choice]
     steps: tuple[Algorithm, ...]
+
+
+AWQ_SHARE = 4  # of so many batches AWQ takes one
+
+
+def takes_part(steps: Iterable[Algorithm]) -> bool:
+    """Whether a candidate with these steps is calibrated on a part of the batches while formats are
+    chosen: AWQ, as ModelOpt 0.47 does to save time.
+    """
+    return any("awq" in step.method for step in steps)
+
+
+def part_of(batches: Sequence[T]) -> Sequence[T]:
+    """That part: the first quarter, and at least one."""
+    return batches[: max(1, len(batches) // AWQ_SHARE)]
 
 
 def mixed(

@@ -10,13 +10,11 @@ when the members of a group, and nothing else, take a candidate; scores add up. 
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from jqx.errors import InputError
 
@@ -78,6 +76,10 @@ def optimum(groups: Sequence[Group], budget: Budget) -> Found:
     """The choice with the smallest sum of scores within the budget, any of equal ones. Raises
     InputError if even the cheapest choice costs more, saying what it does.
     """
+    # imported here: `import jqx` has no time for it
+    from scipy import sparse
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     _check(groups, budget)
     if not groups:
         return Found(choices={}, score=0.0, cost=budget.fixed)
@@ -138,6 +140,14 @@ def bisected(groups: Sequence[Group], budget: Budget) -> Found:
         else:
             low = threshold
     return best
+
+
+SOLVERS: Mapping[str, Callable[[Sequence[Group], Budget], Found]] = {
+    "gradient": optimum,
+    "fisher": optimum,
+    "kl": bisected,
+}
+"""Method of scores -> how a choice is found from them: as ModelOpt does where it has the method."""
 
 
 def curve(groups: Sequence[Group], fixed: float, points: int = 41) -> list[Found]:

@@ -10,6 +10,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from jqx.errors import InputError, nearest
 from jqx.tensors import QTensor
 
 from .products import Stored, outputs_of, switched
-from .taps import tapped
+from .taps import Reduce, tapped
 
 Groups = Sequence[tuple[str, ...]]
 Scores = dict[str, dict[str, float]]
@@ -34,7 +35,9 @@ DRAWS = 4  # of signs for every batch
 WINDOW, BINS = 16, 64
 """Rows, the tokens of a sequence, whose products are summed before they are squared: errors of
 neighbours are alike; and sums that are kept apart. More in one sum are as right, and need more
-draws."""
+draws. On SmolLM2-135M scores of checkpoints then differ from the KL that was measured by a factor
+of 1.13 (standard deviation of the logarithm 0.12 to 0.14 over 240 scores, from 8192 draws); those
+of "gradient", with the best common factor, by 1.21 (NVFP4) and 1.40 (FP8)."""
 
 
 def squares(g: Array, change: Array) -> Float32[Array, ""]:
@@ -51,135 +54,130 @@ def products(g: Array, change: Array) -> Float32[Array, "bins"]:
     return jnp.sum(padded.reshape(-1, BINS, WINDOW), axis=(0, 2))
 
 
-def by_gradient(
-    apply_fn: Callable[..., Any], loss_fn: Callable[..., Any], params: Any, stored: Stored
-) -> Callable[..., tuple[Array, Any]]:
-    """Batch -> the loss, and by path a score for each of what is `stored`."""
+def _sum(members: list[Any]) -> float:
+    return sum(float(member) for member in members)
+
+
+def _square_of_sum(members: list[Any]) -> float:
+    """Half of it, so that a score is a divergence."""
+    together = np.sum(np.stack(members).astype(np.float64), axis=0)
+    return float(np.sum(np.square(together)) / 2)
+
+
+COMBINE: Mapping[str, Callable[[list[Any]], float]] = {"gradient": _sum, "fisher": _square_of_sum}
+"""Method -> the score of a group, from what its members give in one backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is scored: the parameters of `groups` of `apply_fn(params, *batch)`, as each candidate
+    has them in `stored`, path -> name -> QTensor, on all of `batches`. `loss_fn`: see
+    `jqx.auto_quantize`.
+    """
+
+    apply_fn: Callable[..., Any]
+    loss_fn: Callable[..., Any] | None
+    params: Any
+    batches: Sequence[tuple[Any, ...]]
+    groups: Groups
+    stored: Mapping[str, Mapping[str, QTensor]]
+
+    @property
+    def forms(self) -> dict[str, list[QTensor]]:
+        """What candidates store, in their order."""
+        return {path: [*row.values()] for path, row in self.stored.items()}
+
+    def no_scores(self) -> Scores:
+        """Zeros."""
+        return {group[0]: dict.fromkeys(self.stored[group[0]], 0.0) for group in self.groups}
+
+    def backward(
+        self, loss: Callable[..., Any], reduce: Reduce
+    ) -> Callable[[tuple[Any, ...]], tuple[Array, Any]]:
+        """Arguments of `loss` after the parameters -> the loss, and by path what reduces to it for
+        every candidate.
+        """
+        zero = jax.eval_shape(reduce, *[jax.ShapeDtypeStruct((1, 1), jnp.float32)] * 2)
+
+        @jax.jit
+        def one(params: Any, forms: Stored, args: tuple[Any, ...]) -> tuple[Array, Any]:
+            outputs = {path: [outputs_of(path, q) for q in qs] for path, qs in forms.items()}
+            run = tapped(loss, outputs, reduce)
+            taps = {p: [jnp.zeros(zero.shape, zero.dtype) for _ in qs] for p, qs in forms.items()}
+            value, back = jax.vjp(lambda taps: run(params, taps, *args), taps)
+            return value, back(jnp.ones_like(value))[0]
+
+        return partial(one, self.params, self.forms)
+
+    def add(self, sums: Scores, found: Any, method: str, share: float = 1.0) -> None:
+        """Add the scores of one backward pass, times `share`."""
+        for group in self.groups:
+            for i, name in enumerate(self.stored[group[0]]):
+                members = [np.asarray(found[path][i]) for path in group]
+                sums[group[0]][name] += COMBINE[method](members) * share
+
+
+def gradient_scores(task: Task) -> tuple[Scores, float]:
+    """The scores of "gradient" over all batches, and the mean loss of one. Raises InputError
+    without a loss, and for one that is no scalar or no number.
+    """
+    if task.loss_fn is None:
+        raise InputError(
+            "gradients are of a loss: give loss_fn(outputs, *batch), a scalar, or method='kl'"
+        )
+    apply_fn, loss_fn = task.apply_fn, task.loss_fn
 
     def loss(params: Any, *batch: Any) -> Array:
         return loss_fn(apply_fn(params, *batch), *batch)
 
-    @jax.jit
-    def one(params: Any, stored: Stored, batch: tuple[Any, ...]) -> tuple[Array, Any]:
-        run = tapped(loss, _outputs(stored), squares)
-        value, back = jax.vjp(lambda taps: run(params, taps, *batch), _zeros(stored))
-        return value, back(jnp.ones_like(value))[0]
-
-    def checked(*batch: Any) -> tuple[Array, Any]:
-        _check_scalar(jax.eval_shape(loss, params, *batch))
-        value, found = one(params, stored, batch)
-        if not bool(jnp.isfinite(value)):
+    run, sums, losses = task.backward(loss, squares), task.no_scores(), []
+    for batch in task.batches:
+        _check_scalar(jax.eval_shape(loss, task.params, *batch))
+        value, found = run(batch)
+        losses.append(float(value))
+        if not np.isfinite(losses[-1]):
             raise InputError(
-                f"the loss is {float(value)}, and has no gradient: look at params, batches, loss_fn"
+                f"the loss is {losses[-1]}, and has no gradient: look at params, batches, loss_fn"
             )
-        return value, found
-
-    return checked
-
-
-def by_fisher(
-    apply_fn: Callable[..., Any], params: Any, stored: Stored
-) -> Callable[..., tuple[None, Any]]:
-    """(key, *batch) -> by path numbers for each of what is `stored`, which added up over a group
-    and squared are a draw of twice its score.
-    """
-
-    def loss(params: Any, key: Array, *batch: Any) -> Array:
-        log_p = jax.nn.log_softmax(apply_fn(params, *batch).astype(jnp.float32))
-        signs = jax.random.rademacher(key, log_p.shape, jnp.float32)
-        return jnp.sum(jax.lax.stop_gradient(jnp.exp(log_p / 2)) * signs * log_p)
-
-    @jax.jit
-    def one(params: Any, stored: Stored, batch: tuple[Any, ...]) -> Any:
-        run = tapped(loss, _outputs(stored), products)
-        value, back = jax.vjp(lambda taps: run(params, taps, *batch), _zeros(stored, BINS))
-        return back(jnp.ones_like(value))[0]
-
-    return lambda *batch: (None, one(params, stored, batch))
-
-
-def _outputs(stored: Stored) -> dict[str, list[Any]]:
-    return {path: [outputs_of(path, q) for q in qs] for path, qs in stored.items()}
-
-
-def _zeros(stored: Stored, *shape: int) -> dict[str, list[Array]]:
-    return {path: [jnp.zeros(shape, jnp.float32) for _ in qs] for path, qs in stored.items()}
-
-
-def gradient_scores(
-    apply_fn: Callable[..., Any],
-    loss_fn: Callable[..., Any] | None,
-    params: Any,
-    batches: Sequence[tuple[Any, ...]],
-    chosen: tuple[Groups, Mapping[str, Mapping[str, QTensor]]],
-) -> tuple[Scores, float]:
-    """The scores of "gradient" over all batches, and the mean loss of one. `chosen`: the groups,
-    and by path what each candidate stores.
-    """
-    if loss_fn is None:
-        raise InputError(
-            "gradients are of a loss: give loss_fn(outputs, *batch), a scalar, or method='kl'"
-        )
-    groups, stored = chosen
-    run = by_gradient(apply_fn, loss_fn, params, {p: [*row.values()] for p, row in stored.items()})
-    sums, losses = _nothing(groups, stored), []
-    for batch in batches:
-        loss, found = run(*batch)
-        losses.append(float(loss))
-        for group in groups:
-            for i, name in enumerate(stored[group[0]]):
-                sums[group[0]][name] += sum(float(found[path][i]) for path in group)
+        task.add(sums, found, "gradient")
     return sums, float(np.mean(losses))
 
 
-def fisher_scores(
-    apply_fn: Callable[..., Any],
-    loss_fn: Callable[..., Any] | None,
-    params: Any,
-    batches: Sequence[tuple[Any, ...]],
-    chosen: tuple[Groups, Mapping[str, Mapping[str, QTensor]]],
-) -> tuple[Scores, None]:
+def fisher_scores(task: Task) -> tuple[Scores, None]:
     """The scores of "fisher" over all batches; outputs are logits, with the vocabulary last."""
-    groups, stored = chosen
-    run = by_fisher(apply_fn, params, {p: [*row.values()] for p, row in stored.items()})
-    sums = _nothing(groups, stored)
-    for number, batch in enumerate(batches):
+
+    def loss(params: Any, key: Array, *batch: Any) -> Array:
+        log_p = jax.nn.log_softmax(task.apply_fn(params, *batch).astype(jnp.float32))
+        signs = jax.random.rademacher(key, log_p.shape, jnp.float32)
+        return jnp.sum(jax.lax.stop_gradient(jnp.exp(log_p / 2)) * signs * log_p)
+
+    run, sums = task.backward(loss, products), task.no_scores()
+    for number, batch in enumerate(task.batches):
         for draw in range(DRAWS):
-            _, found = run(jax.random.fold_in(jax.random.key(draw), number), *batch)
-            for group in groups:
-                for i, name in enumerate(stored[group[0]]):
-                    together = sum(np.asarray(found[path][i], np.float64) for path in group)
-                    sums[group[0]][name] += float(np.sum(np.square(together))) / (2 * DRAWS)
+            _, found = run((jax.random.fold_in(jax.random.key(draw), number), *batch))
+            task.add(sums, found, "fisher", 1 / DRAWS)
     return sums, None
 
 
-def kl_scores(
-    apply_fn: Callable[..., Any],
-    loss_fn: Callable[..., Any] | None,
-    params: Any,
-    batches: Sequence[tuple[Any, ...]],
-    chosen: tuple[Groups, Mapping[str, Mapping[str, QTensor]]],
-) -> tuple[Scores, None]:
+def kl_scores(task: Task) -> tuple[Scores, None]:
     """The scores of "kl" over all batches; outputs are logits, with the vocabulary last."""
-    groups, stored = chosen
-    forms = {path: [*row.values()] for path, row in stored.items()}
 
     @jax.jit
     def predicted(params: Any, forms: Stored, switches: Any, batch: Any) -> Array:
-        logits = switched(apply_fn, forms)(params, switches, *batch)
+        logits = switched(task.apply_fn, forms)(params, switches, *batch)
         return jax.nn.log_softmax(logits.astype(jnp.float32))
 
     @jax.jit
     def divergence(mine: Array, other: Array) -> Array:
         return jnp.sum(jnp.exp(mine) * (mine - other))
 
+    forms, sums = task.forms, task.no_scores()
     off = {path: jnp.int32(0) for path in forms}
-    sums = _nothing(groups, stored)
-    for batch in batches:
-        run = partial(predicted, params, forms, batch=batch)
+    for batch in task.batches:
+        run = partial(predicted, task.params, forms, batch=batch)
         mine = run(switches=off)
-        for group in groups:
-            for i, name in enumerate(stored[group[0]]):
+        for group in task.groups:
+            for i, name in enumerate(task.stored[group[0]]):
                 on = off | dict.fromkeys(group, jnp.int32(i + 1))
                 sums[group[0]][name] += float(divergence(mine, run(switches=on)))
     return sums, None
@@ -198,10 +196,6 @@ def method_of(name: str) -> str:
     if name not in METHODS:
         raise nearest(name, METHODS, "method")
     return name
-
-
-def _nothing(groups: Groups, stored: Mapping[str, Mapping[str, Any]]) -> Scores:
-    return {group[0]: dict.fromkeys(stored[group[0]], 0.0) for group in groups}
 
 
 def _check_scalar(shape: Any) -> None:

@@ -13,6 +13,4 @@ from .run import METHODS as METHODS
 from .run import Scored as Scored
 from .run import Scoring as Scoring
 from .run import scored as scored
-from .ways import BIT_COUNTS as BIT_COUNTS
 from .ways import LATENCY as LATENCY
-from .ways import WAYS as WAYS

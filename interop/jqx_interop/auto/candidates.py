@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from jqx.auto import Mixable, bits_of, mixed
+from jqx.auto import Mixable, mixed
 from jqx.errors import InputError
 from jqx.recipes import Recipe
 from jqx_interop.job import Job
@@ -27,17 +27,13 @@ class Candidate:
     name: str
     job: Job
 
-    def bits(self, path: str, *, scales: bool) -> float:
-        """Bits of a weight: those that ModelOpt counts, or with `scales` those that are stored."""
-        return bits_of(self.job.choices[path], scales=scales)
-
 
 def groups_of(
-    job: Job, candidates: Sequence[Candidate], disabled: Sequence[str] = ()
+    job: Job, candidates: Sequence[Job], disabled: Sequence[str] = ()
 ) -> list[tuple[str, ...]]:
     """The linears that choose together, in module order: those that read one input, and experts of
-    one module. A group stays as it is if a candidate does not quantize all of it, if a member
-    matches one of the globs `disabled`, and if it is in no block.
+    one module. A group stays as it is if one of `candidates` does not quantize all of it, if a
+    member matches one of the globs `disabled`, and if it is in no block.
 
     Raises InputError for a glob that matches no linear.
     """
@@ -49,7 +45,7 @@ def groups_of(
         found.setdefault(expert or siblings.get(path, (path,)), []).append(path)
     off = _matching(disabled, [*linears, *job.inventory.absent])
     inside = {name for i in job.inventory.blocks for name in job.inventory.units[i]}
-    chosen = [set(candidate.job.choices) for candidate in candidates]
+    chosen = [set(candidate.choices) for candidate in candidates]
 
     def open_to_choice(path: str) -> bool:
         in_block = f"{path}.weight" in inside

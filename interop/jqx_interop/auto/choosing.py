@@ -3,44 +3,26 @@
 all budgets.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jqx.auto import (
-    NONE,
-    PLAIN_BITS,
-    Budget,
-    Found,
-    Group,
-    Weighting,
-    bisected,
-    curve,
-    optimum,
-)
+from jqx.auto import BIT_COUNTS, NONE, PLAIN_BITS, Way, Weighting
 from jqx.errors import InputError, nearest
 from jqx.recipes import Recipe
 from jqx_interop.checkpoints import parse_size
 
 from .candidates import composed
 from .run import Scored
-from .ways import BIT_COUNTS, LATENCY, WAYS, Way, way_of
-
-SOLVERS: Mapping[str, Callable[[Sequence[Group], Budget], Found]] = {
-    "gradient": optimum,
-    "fisher": optimum,
-    "kl": bisected,
-}
-"""Method -> how a choice is found from its scores: as ModelOpt does where it has the method."""
-
+from .ways import LATENCY, ways_of
 
 DEFAULT_BITS = 4.8  # ModelOpt's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """A budget: at most `most`, counted in the way `count`, a row of WAYS or "latency", which reads
+    """A budget: at most `most`, counted in the way `count`, a key of `ways_of`: "latency" reads
     `table`. `weighting`: how much weights of experts and of linears left out count as bits.
     """
 
@@ -111,15 +93,16 @@ def chosen(scored: Scored, limit: Limit) -> Chosen:
     Raises InputError for another way to count, and for less than can be reached, with the least and
     another way.
     """
-    ways = {name: way_of(name, scored, limit.weighting) for name in WAYS}
+    ways = ways_of(scored, limit.weighting, limit.table)
+    if limit.count == LATENCY and limit.table is None:
+        raise InputError("latency is counted from a table: give one (--latency-table FILE)")
     if limit.count not in ways:
-        ways[limit.count] = way_of(limit.count, scored, limit.weighting, limit.table)
+        raise nearest(limit.count, (*ways, LATENCY), "way to count")
     way = ways[limit.count]
     _check_number(limit.most, way)
     _check_reachable(limit.most, way, ways)
-    budget = Budget(most=limit.most * way.per * (1 + 1e-12), fixed=way.fixed, unit=way.unit)
-    found = SOLVERS[scored.method](way.groups, budget)
-    choices = {path: found.choices[group.name] for group in way.groups for path in group.members}
+    found = way.best(limit.most, scored.method)
+    choices = way.members(found)
     return Chosen(
         choices=choices,
         score=found.score,
@@ -127,7 +110,7 @@ def chosen(scored: Scored, limit: Limit) -> Chosen:
         scores=scored.scores,
         count=limit.count,
         unit=way.unit,
-        curve=tuple((p.cost / way.per, p.score) for p in curve(way.groups, way.fixed)),
+        curve=way.curve(),
         recipe=composed(f"auto-{limit.most:g}", scored.candidates, choices),
     )
 
@@ -144,7 +127,7 @@ def _said(amount: float) -> str:
 
 
 def _check_reachable(most: float, way: Way, ways: Mapping[str, Way]) -> None:
-    if most >= way.least * (1 - 1e-12):
+    if way.reaches(most):
         return
     others = [
         f"--count {name}, by which the least is {_said(other.least)}"

@@ -12,15 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jqx.auto.sensitivity import Scores
 from jqx_interop.checkpoints import Workspace
 from jqx_interop.progress import Progress
 
 from .passes import Passes, Task
 from .scoring import head_divergence, run_block
 from .states import States
-
-Scores = dict[str, dict[str, float]]
-"""Group, by its first member -> candidate -> score."""
 
 WAVE_BYTES = 2 << 30
 """States of one wave on disk, where a call has fewer: what a run that is killed computes again."""

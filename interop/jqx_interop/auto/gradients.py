@@ -3,22 +3,19 @@
 time, all candidates of a block at once.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jqx.auto.sensitivity import COMBINE, Scores
 from jqx.errors import InputError
 from jqx_interop.checkpoints import Workspace
 from jqx_interop.progress import Progress
 
 from .passes import Passes, Task
 from .scoring import block_scores, head_draw, head_gradient
-
-Scores = dict[str, dict[str, float]]
-"""Group, by its first member -> candidate -> score."""
 
 SEED = 20_000
 """Of what "fisher" draws: the same for all models and data."""
@@ -95,10 +92,12 @@ class _Backward(Passes):
         """The gradient to states after the last block, and the loss of the text at them."""
         program, states = self.program(self.blocks - 1), jnp.asarray(h)
         share = jnp.asarray(weights)
-        g, loss = head_gradient(params, states, jnp.asarray(targets), share, program=program)
+        words = jnp.asarray(targets)
         if self.task.method == "fisher":
             key = jax.random.fold_in(jax.random.key(SEED + where[0]), where[1])
-            g = head_draw(params, states, share, key, program=program)
+            g, loss = head_draw(params, states, (words, share, key), program=program)
+        else:
+            g, loss = head_gradient(params, states, words, share, program=program)
         return np.asarray(g, np.float32), float(loss)
 
     def _targets(self, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,17 +130,3 @@ class _Backward(Passes):
             progress.advance(1)
         self._gradients.flush()
         return sums
-
-
-def _sum(members: list[Any]) -> float:
-    return float(np.sum(members))
-
-
-def _square_of_sum(members: list[Any]) -> float:
-    """Half of it, so that a score is a divergence."""
-    together = np.sum(np.stack(members).astype(np.float64), axis=0)
-    return float(np.sum(np.square(together)) / 2)
-
-
-COMBINE: Mapping[str, Callable[[list[Any]], float]] = {"gradient": _sum, "fisher": _square_of_sum}
-"""Method -> the score of a group, from what its members give in one call."""

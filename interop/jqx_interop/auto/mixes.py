@@ -6,26 +6,25 @@ from collections.abc import Mapping, Sequence
 from jqx.config import Choice
 from jqx.errors import InputError
 from jqx_interop.engines import engines_for
+from jqx_interop.job import Job
 from jqx_interop.targets import TARGETS
-
-from .candidates import Candidate
 
 Groups = Sequence[tuple[str, ...]]
 
 
-def check_mix(candidates: Sequence[Candidate], groups: Groups) -> None:
+def check_mix(candidates: Sequence[Job], groups: Groups) -> None:
     """Raises InputError if there is no engine for a checkpoint in which groups take the candidates
     in turn, with the layouts that have one.
     """
-    settings, kv = candidates[0].job.settings, candidates[0].job.kv
+    settings, kv = candidates[0].settings, candidates[0].kv
     turn = {
-        path: candidates[i % len(candidates)].job.choices[path]
+        path: candidates[i % len(candidates)].choices[path]
         for i, group in enumerate(groups)
         for path in group
     }
     if len(groups) < len(candidates) or _readers(turn, settings.target, kv):
         return
-    names = " and ".join(candidate.name for candidate in candidates)
+    names = " and ".join(candidate.recipe.name for candidate in candidates)
     others = {name: _readers(turn, name, kv) for name in TARGETS if name != settings.target}
     ways = [f"--target {name} ({', '.join(found)})" for name, found in others.items() if found]
     way_out = f"take {' or '.join(ways)}, or other formats" if ways else "take other formats"

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from jqx.models import (
     kinds,
 )
 from jqx.tensors.paths import unflatten
-from jqx_interop.chain import rows_per_call
+from jqx_interop.chain import rows_per_call, used_rows
 from jqx_interop.data import CalibrationSet
 from jqx_interop.device import compute_of
 from jqx_interop.evaluation.passes import chunk_of
@@ -94,28 +95,16 @@ class Passes:
 
     def params(self, i: int) -> dict[str, Any]:
         """The parameters of block `i`."""
-        params = jax.block_until_ready(load_block(self.job, i, self.compute))
-        self._release(self.job, i)
-        return params
-
-    def _release(self, job: Job, i: int) -> None:
-        """Let go of the pages of block `i`, when nothing is computed from them any more: they would
-        come back.
-        """
-        for name in job.inventory.units[job.inventory.blocks[i]]:
-            job.checkpoint.release(name)
+        return load_block(self.job, i, self.compute)
 
     def forward(self, progress: Progress) -> None:
         """Run the model and keep the states before every block, and those after the last."""
-        table, *others = embed_tensors(self.spec)
-        leaves = {name: jnp.asarray(read_tensor(self.job, name)) for name in others}
+        rows, params = used_rows(self.spec, partial(read_tensor, self.job), self.ids)
         for n in range(self.count):
-            used, inverse = np.unique(self.ids[self.picked(n)], return_inverse=True)
-            rows = jnp.asarray(inverse.reshape(self.rows, -1).astype(np.int32))
-            leaves[table] = jnp.asarray(read_tensor(self.job, table)[used])
-            h = embed(self.spec, unflatten(leaves), rows, self.compute)
+            h = embed(self.spec, params, jnp.asarray(rows[self.picked(n)]), self.compute)
             self.states.put(0, n, np.asarray(h))
-        self.job.checkpoint.release(table)
+        for name in embed_tensors(self.spec):
+            self.job.checkpoint.release(name)
         for i in range(self.blocks):
             params, program = self.params(i), self.program(i)
             for n in range(self.count):
@@ -165,9 +154,8 @@ class Passes:
             choice = job.choices[path]
             fmt, name = find_format(choice.weight or ""), path.removeprefix(prefix)
             weight = jnp.asarray(read_weight(job, path))
-            found[name] = Simulated.of(linear, fmt, choice.input, weight)
-        jax.block_until_ready(found)
-        self._release(job, i)
+            found[name] = jax.block_until_ready(Simulated.of(linear, fmt, choice.input, weight))
+            job.checkpoint.release(f"{path}.weight")
         return found
 
     def groups_of(self, i: int) -> dict[str, tuple[str, ...]]:

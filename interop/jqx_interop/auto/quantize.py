@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jqx.auto import NONE, Weighting, active_ratio
+from jqx.auto import NONE, Weighting
 from jqx.auto.keywords import COST_MODELS
 from jqx.errors import InputError, nearest
 from jqx.recipes import Recipe
@@ -18,6 +18,7 @@ from jqx_interop.settings import Settings
 
 from .choosing import Chosen, Limit, chosen
 from .curve import write_curve
+from .experts import active_ratio
 from .run import Scored, Scoring, scored
 from .statistics import SeveralStats
 

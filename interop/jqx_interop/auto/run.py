@@ -14,7 +14,7 @@ from jqx.config import to_json
 from jqx.errors import InputError
 from jqx.recipes import Recipe, find_recipe
 from jqx.steps import with_option
-from jqx_interop.calibrate import job_for
+from jqx_interop.calibrate import joined
 from jqx_interop.checkpoints import Workspace, digest
 from jqx_interop.data import CalibrationSet
 from jqx_interop.device import compute_of
@@ -84,17 +84,17 @@ def scored(
         raise InputError("no formats are given: name those that linears may take (--formats)")
     recipes, settings = _with_options(scoring.recipes, settings)
     folder = Path(folder)
-    base = job_for(model, recipes, settings)
+    plans = [prepare(model, recipe, settings) for recipe in recipes]
+    base = joined(plans)
     if base.spec is None:
         raise InputError(
             f"{base.checkpoint.path}: scores need the model, and model_type "
             f"{base.checkpoint.config.get('model_type')!r} is not defined here"
         )
-    plans = [Candidate(name=r.name, job=prepare(model, r, settings)) for r in recipes]
     groups = tuple(groups_of(base, plans, scoring.disabled))
     check_mix(plans, groups)
     data = _data_of(base)
-    jobs = collected(model, recipes, folder, data, (settings, progress))
+    jobs = collected(plans, folder, data, progress)
     candidates = tuple(Candidate(name=job.recipe.name, job=job) for job in jobs)
     facts = _facts(base, candidates, data) | {
         "method": method,

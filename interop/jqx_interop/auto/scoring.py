@@ -27,17 +27,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from jqx.auto.sensitivity import WINDOW, squares
 from jqx.auto.simulated import Simulated, simulated
 from jqx.auto.taps import tapped
 from jqx.models import BlockKind, Compute, ModelSpec, block, head
-
-LIMIT = 1e10
-"""Products of a gradient and a change are cut off there, as ModelOpt has it."""
-
-WINDOW = 16
-"""Tokens. On SmolLM2-135M scores then differ from the KL that was measured by a factor of 1.13
-(standard deviation of the logarithm 0.12 to 0.14 over 240 scores, from 8192 draws); those of
-"gradient", with the best common factor, by 1.21 (NVFP4) and 1.40 (FP8)."""
 
 Linears = Mapping[str, Mapping[str, Simulated]]
 """Candidate -> linear, by its name in the block -> what it would be."""
@@ -73,11 +66,6 @@ def _block(program: Program, params: Any, h: Array) -> Array:
     return block(program.spec, program.kind, params, h, positions, program.compute)
 
 
-def _squares(rows: int, g: Array, change: Array) -> Float32[Array, ""]:
-    product = g.astype(jnp.float32) * change.astype(jnp.float32)
-    return jnp.sum(jnp.square(jnp.clip(product, -LIMIT, LIMIT)))
-
-
 def _products(rows: int, g: Array, change: Array) -> Float32[Array, "rows windows"]:
     product = g.astype(jnp.float32) * change.astype(jnp.float32)
     tokens = jnp.sum(product.reshape(rows, -1, product.shape[-1]), axis=-1)
@@ -86,7 +74,7 @@ def _products(rows: int, g: Array, change: Array) -> Float32[Array, "rows window
 
 
 REDUCES: dict[str, Callable[[int, Array, Array], Array]] = {
-    "gradient": _squares,
+    "gradient": lambda rows, g, change: squares(g, change),
     "fisher": _products,
 }
 """Method -> what a linear gives, of the gradients and changes of so many sequences."""
@@ -132,12 +120,20 @@ def head_gradient(
     """
 
     def loss(h: Array) -> Array:
-        logits = head(program.spec, params, h[None], program.compute)[0]
-        entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=-1)[:, 0]
-        return jnp.sum(jnp.where(share > 0, entropy, 0) * share)
+        return _entropy(_log_p(program, params, h), targets, share)
 
     value, gradient = jax.value_and_grad(loss)(h)
     return gradient, value
+
+
+def _log_p(program: Program, params: Any, h: Array) -> Float[Array, "c v"]:
+    return jax.nn.log_softmax(head(program.spec, params, h[None], program.compute)[0])
+
+
+def _entropy(log_p: Array, targets: Array, share: Array) -> Float32[Array, ""]:
+    """The sum of the cross entropies of `targets`, each times its share."""
+    each = -jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
+    return jnp.sum(jnp.where(share > 0, each, 0) * share)
 
 
 def signs(key: Array, shape: tuple[int, ...]) -> Float32[Array, "..."]:
@@ -147,18 +143,24 @@ def signs(key: Array, shape: tuple[int, ...]) -> Float32[Array, "..."]:
 
 @partial(jax.jit, static_argnames=("program",))
 def head_draw(
-    params: Any, h: Float[Array, "c k"], share: Float32[Array, "c"], key: Array, *, program: Program
-) -> Float[Array, "c k"]:
-    """A draw of the gradient of "fisher" to the states `h` after the last block; 0 where their
-    share is.
+    params: Any,
+    h: Float[Array, "c k"],
+    given: tuple[Int[Array, "c"], Float32[Array, "c"], Array],
+    *,
+    program: Program,
+) -> tuple[Float[Array, "c k"], Float32[Array, ""]]:
+    """A draw of the gradient of "fisher" to the states `h` after the last block, 0 where their
+    share is, and the loss of `head_gradient`. `given`: its targets and shares, and a key.
     """
+    targets, share, key = given
 
-    def loss(h: Array) -> Array:
-        log_p = jax.nn.log_softmax(head(program.spec, params, h[None], program.compute)[0])
+    def loss(h: Array) -> tuple[Array, Array]:
+        log_p = _log_p(program, params, h)
         fixed = jax.lax.stop_gradient(jnp.exp(log_p / 2)) * signs(key, log_p.shape)
-        return jnp.sum(jnp.where(share > 0, jnp.sum(fixed * log_p, axis=-1), 0))
+        drawn = jnp.sum(jnp.where(share > 0, jnp.sum(fixed * log_p, axis=-1), 0))
+        return drawn, _entropy(log_p, targets, share)
 
-    return jax.grad(loss)(h)
+    return jax.grad(loss, has_aux=True)(h)
 
 
 @partial(jax.jit, static_argnames=("program",))
@@ -173,14 +175,11 @@ def head_divergence(
     """The sum of KL(p || p') over tokens, each times its `share`: p is predicted by the states `h`
     after the last block, p' by each of `changed`.
     """
-
-    def log_p(h: Array) -> Array:
-        return jax.nn.log_softmax(head(program.spec, params, h[None], program.compute)[0])
-
-    log_mine = log_p(h)
+    log_mine = _log_p(program, params, h)
 
     def divergence(other: Array) -> Array:
-        each = jnp.sum(jnp.exp(log_mine) * (log_mine - log_p(other)), axis=-1)
+        log_other = _log_p(program, params, other)
+        each = jnp.sum(jnp.exp(log_mine) * (log_mine - log_other), axis=-1)
         return jnp.sum(jnp.where(share > 0, each, 0) * share)
 
     return jax.lax.map(divergence, changed)

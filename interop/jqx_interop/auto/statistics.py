@@ -13,47 +13,42 @@ from typing import Any
 
 import numpy as np
 
-from jqx.recipes import Recipe
-from jqx_interop.calibrate import calibrate, job_for
+from jqx.auto.mixing import part_of, takes_part
+from jqx_interop.calibrate import calibrate, joined
 from jqx_interop.data import CalibrationSet
-from jqx_interop.job import Job, prepare
+from jqx_interop.job import Job
 from jqx_interop.progress import Progress
 from jqx_interop.runner import BlockStats
 from jqx_interop.saved_stats import SavedStats
-from jqx_interop.settings import Settings
 
 ALL, PART = "stats", "stats-awq"
 PART_IDS = "calibration-awq.npy"
-SHARE = 4  # of so many batches AWQ takes one
 
 
 def place_of(job: Job) -> str:
     """The folder that has the statistics of a recipe."""
-    return PART if any("awq" in step.method for step in job.config.steps) else ALL
+    return PART if takes_part(job.config.steps) else ALL
 
 
 def collected(
-    model: str | Path,
-    recipes: Sequence[str | Recipe],
-    folder: Path,
-    data: CalibrationSet,
-    given: tuple[Settings, Progress],
+    jobs: Sequence[Job], folder: Path, data: CalibrationSet, progress: Progress
 ) -> list[Job]:
-    """The jobs of all recipes, with the statistics that they need; what is in `folder` is not
+    """The jobs of all candidates, with the statistics that they need; what is in `folder` is not
     collected again.
     """
-    settings, progress = given
-    jobs = [prepare(model, recipe, settings) for recipe in recipes]
     places = [place_of(job) for job in jobs]
     for place in dict.fromkeys(places):
-        mine = [recipe for recipe, p in zip(recipes, places, strict=True) if p == place]
-        if (folder / place).is_dir() or not any(job_for(model, mine, settings).asked or {}):
+        mine = [job for job, p in zip(jobs, places, strict=True) if p == place]
+        if (folder / place).is_dir() or not any(joined(mine).asked or {}):
             continue
-        calib = settings.calib if place == ALL else _part(folder, data)
-        calibrate(model, folder / place, mine, replace(settings, calib=calib), progress)
+        settings = mine[0].settings
+        if place == PART:
+            settings = replace(settings, calib=_part(folder, data))
+        recipes = [job.recipe for job in mine]
+        calibrate(mine[0].checkpoint.path, folder / place, recipes, settings, progress)
     kept = {place: folder / place for place in places if (folder / place).is_dir()}
     return [
-        replace(job, settings=replace(settings, stats=kept.get(place)))
+        replace(job, settings=replace(job.settings, stats=kept.get(place)))
         for job, place in zip(jobs, places, strict=True)
     ]
 
@@ -62,7 +57,7 @@ def _part(folder: Path, data: CalibrationSet) -> Path:
     """The first quarter of the batches, in a file."""
     path = folder / PART_IDS
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(path, np.stack(data.batches[: max(1, len(data) // SHARE)]))
+    np.save(path, np.stack(part_of(data.batches)))
     return path
 
 

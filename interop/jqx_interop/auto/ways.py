@@ -9,141 +9,62 @@ latency       microseconds of all linears, from a table of what each format take
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from jqx.auto import NONE, PLAIN_BITS, Found, Group, Weighting, monotone
-from jqx.errors import InputError, nearest
-from jqx_interop.job import Job
+from jqx.auto import BIT_COUNTS, NONE, Counted, Way, Weighting, bits_way
+from jqx.auto.weighting import bits_of
+from jqx.errors import InputError
 
-from .candidates import Candidate
 from .run import Scored
 
 LATENCY = "latency"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Way:
-    """Scores with costs in one way of counting: the groups, what nobody chooses (`fixed`), and what
-    the sum of both is divided by. `unit` says it to people.
+def ways_of(scored: Scored, weighting: Weighting, table: Path | None = None) -> dict[str, Way]:
+    """All ways of counting, with the scores; that of latencies where there is a table of them.
+    Raises InputError for a table that is none or lacks a shape.
     """
-
-    name: str
-    unit: str
-    groups: list[Group]
-    fixed: float = 0.0
-    per: float = 1.0
-
-    @property
-    def least(self) -> float:
-        """What the cheapest choice costs."""
-        return (sum(min(group.costs) for group in self.groups) + self.fixed) / self.per
-
-    def cost(self, found: Found) -> float:
-        """What a choice costs."""
-        picked = ((g, g.candidates.index(found.choices[g.name])) for g in self.groups)
-        return (sum(g.costs[c] for g, c in picked) + self.fixed) / self.per
+    counted = _counted(scored)
+    ways = {name: bits_way(name, counted, weighting) for name in BIT_COUNTS}
+    ways["bytes"] = _bytes(counted, scored)
+    if table is not None:
+        ways[LATENCY] = _latency(counted, scored, table)
+    return ways
 
 
-def way_of(name: str, scored: Scored, weighting: Weighting, table: Path | None = None) -> Way:
-    """One way of counting, with the scores. Raises InputError for a name that is none, and for a
-    table of latencies that is missing or lacks a shape.
-    """
-    if name == LATENCY:
-        if table is None:
-            raise InputError("latency is counted from a table: give one (--latency-table FILE)")
-        return _latency(scored, table)
-    if name not in WAYS:
-        raise nearest(name, (*WAYS, LATENCY), "way to count")
-    return WAYS[name](scored, weighting)
-
-
-def _groups(
-    scored: Scored, cost: Callable[[tuple[str, ...], Candidate | None], float]
-) -> list[Group]:
-    """The groups, no candidate of which scores worse than a cheaper one."""
-    found = []
-    for paths in scored.groups:
-        mine = scored.scores[paths[0]]
-        group = Group(
-            members=paths,
-            candidates=(*(c.name for c in scored.candidates), NONE),
-            scores=(*(mine[c.name] for c in scored.candidates), 0.0),
-            costs=tuple(cost(paths, c) for c in (*scored.candidates, None)),
-        )
-        found.append(monotone(group))
-    return found
-
-
-def _numel(job: Job, path: str) -> int:
-    return math.prod(job.modules[path].shape)
-
-
-def _bits(scored: Scored, weighting: Weighting, *, name: str, scales: bool, whole: bool) -> Way:
-    """Bits a weight. `scales`: with those of blocks; `whole`: of linears that nobody may quantize,
-    too.
-    """
+def _counted(scored: Scored) -> Counted:
+    """A tied head owns no tensor and is a linear all the same."""
     job = scored.candidates[0].job
-
-    def cost(paths: tuple[str, ...], candidate: Candidate | None) -> float:
-        bits = (
-            PLAIN_BITS if candidate is None else candidate.bits(path, scales=scales)
-            for path in paths
-        )
-        numel = (_numel(job, path) for path in paths)
-        return weighting.of(paths) * sum(b * n for b, n in zip(bits, numel, strict=True))
-
-    groups = _groups(scored, cost)
-    weights = sum(group.costs[-1] for group in groups) / PLAIN_BITS
-    fixed = 0.0
-    if whole:
-        mine = {path for paths in scored.groups for path in paths}
-        linears = [m.path for m in job.inventory.modules if m.kind == "linear"]
-        fixed = sum(weighting.of((p,)) * _numel(job, p) for p in linears if p not in mine)
-        fixed += sum(weighting.of((p,)) for p in job.inventory.absent) * _head_size(job)
-    per = weights + fixed
-    if per <= 0:
-        raise InputError("no weight counts: leave out less (--exclude-cost), or other linears")
-    return Way(name=name, unit="bits a weight", groups=groups, fixed=PLAIN_BITS * fixed, per=per)
+    numel = {m.path: math.prod(m.shape) for m in job.inventory.modules if m.kind == "linear"}
+    head = job.spec.vocab * job.spec.hidden if job.spec is not None else 0
+    return Counted(
+        groups=scored.groups,
+        choices={candidate.name: candidate.job.choices for candidate in scored.candidates},
+        scores=scored.scores,
+        numel=numel | dict.fromkeys(job.inventory.absent, head),
+    )
 
 
-def _head_size(job: Job) -> int:
-    """Weights of a tied head, which owns no tensor and is a linear all the same."""
-    return job.spec.vocab * job.spec.hidden if job.spec is not None else 0
-
-
-def _bytes(scored: Scored, _: Weighting) -> Way:
+def _bytes(counted: Counted, scored: Scored) -> Way:
     """Bytes of memory that the weights take, all that is no choice included."""
     job = scored.candidates[0].job
-    mine = {path for paths in scored.groups for path in paths}
+    mine = {path for paths in counted.groups for path in paths}
 
-    def cost(paths: tuple[str, ...], candidate: Candidate | None) -> float:
-        if candidate is None:
+    def cost(paths: tuple[str, ...], name: str) -> float:
+        if name == NONE:
             return float(sum(job.checkpoint.tensors[f"{path}.weight"].nbytes for path in paths))
-        return sum(_numel(job, p) * candidate.bits(p, scales=True) / 8 for p in paths)
+        choices = counted.choices[name]
+        return sum(counted.numel[p] * bits_of(choices[p], scales=True) / 8 for p in paths)
 
     tensors = (t for t in job.inventory.tensors if t.removesuffix(".weight") not in mine)
     fixed = float(sum(job.checkpoint.tensors[name].nbytes for name in tensors))
-    return Way(name="bytes", unit="bytes", groups=_groups(scored, cost), fixed=fixed)
+    return Way(name="bytes", unit="bytes", groups=counted.priced(cost), fixed=fixed)
 
 
-WAYS: Mapping[str, Callable[[Scored, Weighting], Way]] = {
-    "modelopt": partial(_bits, name="modelopt", scales=False, whole=True),
-    "quantizable": partial(_bits, name="quantizable", scales=True, whole=False),
-    "bytes": _bytes,
-}
-"""Ways to count that need no more than the scores."""
-
-BIT_COUNTS = ("modelopt", "quantizable")
-"""Those that count bits a weight."""
-
-
-def _latency(scored: Scored, path: Path) -> Way:
+def _latency(counted: Counted, scored: Scored, path: Path) -> Way:
     """Microseconds of all linears, one after the other."""
     known, job = read_table(path), scored.candidates[0].job
-    mine = {p for paths in scored.groups for p in paths}
+    mine = {p for paths in counted.groups for p in paths}
 
     def each(p: str, name: str) -> float:
         n, k = job.modules[p].shape
@@ -155,12 +76,10 @@ def _latency(scored: Scored, path: Path) -> Way:
             )
         return known[name, n, k]
 
-    def cost(paths: tuple[str, ...], candidate: Candidate | None) -> float:
-        return sum(each(p, NONE if candidate is None else candidate.name) for p in paths)
-
+    groups = counted.priced(lambda paths, name: sum(each(p, name) for p in paths))
     linears = [m.path for m in job.inventory.modules if m.kind == "linear"]
     fixed = sum(each(p, NONE) for p in linears if p not in mine)
-    return Way(name=LATENCY, unit="microseconds", groups=_groups(scored, cost), fixed=fixed)
+    return Way(name=LATENCY, unit="microseconds", groups=groups, fixed=fixed)
 
 
 def read_table(path: Path) -> dict[tuple[str, int, int], float]:

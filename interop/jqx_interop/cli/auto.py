@@ -23,7 +23,7 @@ DEFAULT_BITS = 4.8
 
 def complete_counts(incomplete: str) -> list[str]:
     """The names `--count` takes that begin like `incomplete`."""
-    from jqx_interop.auto import BIT_COUNTS
+    from jqx.auto import BIT_COUNTS
 
     return [name for name in BIT_COUNTS if name.startswith(incomplete)]
 
