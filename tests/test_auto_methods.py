@@ -124,10 +124,16 @@ def test_scores_and_choice_of_modelopt(tmp_path, name, formats, method, compute)
             continue
         assert choice.choices[group] == names[row["chosen"].partition("(")[0]]
         for mine, its in zip(kept[group].values(), row["scores"], strict=False):
-            assert mine == pytest.approx(its, rel=TOLERANCES[compute])
+            assert mine == pytest.approx(its, rel=TOLERANCES[method, compute])
     for file in ("config.json", "hf_quant_config.json"):
         assert (tmp_path / "out" / file).read_text() == (SHARED / name / file).read_text()
 
 
-TOLERANCES = {"bf16": 0.05, "float32": 0.1}
-"""ModelOpt computes in bfloat16: of one group of eight its FP8 score is 9 % off."""
+TOLERANCES = {
+    ("gradient", "bf16"): 0.05,
+    ("gradient", "float32"): 0.1,
+    ("kl_div", "bf16"): 0.05,
+    ("kl_div", "float32"): 0.16,
+}
+"""ModelOpt computes in bfloat16. Without that, one FP8 score by gradients of eight is 9 % lower, and
+FP8 scores by KL, which is small there, lack what its rounding adds: up to 15 %. (Measured.)"""
