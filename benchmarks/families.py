@@ -40,6 +40,10 @@ def config_of(case: str, width: int) -> dict[str, Any]:
     sizes = dict.fromkeys(HEADS, width // 64) | dict.fromkeys(WIDTHS, width)
     sizes |= dict.fromkeys(INNER, 3 * width) | {"head_dim": 64, "kv_channels": 64}
     config |= {key: size for key, size in sizes.items() if config.get(key) is not None}
+    for key in ("short_factor", "long_factor"):
+        if key in (config.get("rope_scaling") or {}):
+            each = config["rope_scaling"][key]
+            config["rope_scaling"][key] = list(np.resize(each, _pairs(config)))
     if config["model_type"] == "qwen":
         config["intermediate_size"] = 6 * width
     return config
@@ -92,6 +96,12 @@ def main() -> None:
             f"| {family} | {fastest:.1f} | {its:.1f} | {fastest / its:.2f} | {products:.2f} |",
             flush=True,
         )
+
+
+def _pairs(config: dict[str, Any]) -> int:
+    """How many pairs of channels turn."""
+    share = config.get("partial_rotary_factor") or config.get("rope_pct") or 1.0
+    return int(64 * share) // 2
 
 
 def _llama(a: argparse.Namespace) -> dict[str, Any]:
