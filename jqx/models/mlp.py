@@ -17,9 +17,14 @@ from .layers import Inside, activate, settle, wide
 from .spec import Mlp
 
 
-def mlp(row: Mlp, inside: Inside, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
-    """What the MLP makes of the normed input `x`."""
-    return inside.linear(inside.names.down, MLPS[row.form](row, inside, x))
+def mlp(
+    row: Mlp,
+    inside: Inside,
+    x: Float[Array, "*lead k"],
+    between: Callable[[Array], Array] = lambda inner: inner,
+) -> Float[Array, "*lead k"]:
+    """What the MLP makes of the normed input `x`; `between` is applied to the inner channels."""
+    return inside.linear(inside.names.down, between(MLPS[row.form](row, inside, x)))
 
 
 def _gated(row: Mlp, inside: Inside, x: Array) -> Array:

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from jqx import InputError
-from jqx.models import Attention, BlockKind, Mlp, ModelSpec, Norm
+from jqx.models import Attention, BlockKind, Experts, Mlp, ModelSpec, Norm
 from jqx.models.layers import ACTIVATIONS
 
+from .experts import check_experts
 from .family import Family
 from .reader import Reader
 from .rope import head_dim
@@ -99,7 +100,11 @@ def _blocks(read: Reader, norm: Norm) -> tuple[BlockKind, ...]:
     for i, window in enumerate(WINDOWS[row.windows](read)):
         assert isinstance(kind.attention, Attention)
         found = replace(kind, attention=replace(kind.attention, window=window))
+        if isinstance(kind.mlp, Mlp):
+            found = replace(found, mlp=row.experts(read, kind.mlp, i))
         found = row.of_layer(read, found, i)
+        if isinstance(found.mlp, Experts):
+            check_experts(read, found.mlp)
         blocks.append(known.setdefault(found, found))
     return tuple(blocks)
 
