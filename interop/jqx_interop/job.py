@@ -37,6 +37,7 @@ from .choices import (
     refuse_unheard,
     wanted_kinds,
 )
+from .experts import linears_of_experts
 from .folding import Folds, fold_all, plan_folds
 from .inventory import FLOATS, KEPT, Inventory, Module, take_inventory
 from .orientation import laid, laid_outputs
@@ -144,10 +145,16 @@ class Job:
     def shares(self, path: str) -> bool:
         """Whether linears that read the same input share tensor scales and factors with `path`."""
         algo = find_algo(self.choices[path])
-        if self.choices[path].weight == "fp8" and self.settings.unify_fp8:
+        if self.choices[path].weight == "fp8" and self.unifies_fp8(path):
             return True
         folded = self.fold and path in self.scaled  # a norm takes one factor for all that read it
         return folded or (algo is not None and algo.unified)
+
+    def unifies_fp8(self, path: str) -> bool:
+        """Whether FP8 linears that read the input of `path` have one scale: as asked, and always in
+        an expert, of which engines make one matrix.
+        """
+        return self.settings.unify_fp8 or path in linears_of_experts(self.spec)
 
     def cast(self, name: str) -> bool:
         """Whether a tensor becomes one in the dtype of the model; integers do not, nor what decides

@@ -268,7 +268,7 @@ def source_of(job: Job, inputs: Inputs, space: Workspace, progress: Progress) ->
     if inputs.calibration is None:
         return NoStatistics()
     hidden = _hidden_states(job, inputs.calibration, space)
-    return Runner(job, inputs.calibration, hidden, progress)
+    return Runner(job, inputs.calibration, hidden, progress, space.directory)
 
 
 def _hidden_states(job: Job, data: CalibrationSet, space: Workspace) -> HiddenStates:

@@ -36,6 +36,13 @@ class Store:
     turned: frozenset[str] = frozenset()
     flat: bool = False
 
+    def one(self, tensor: Any, experts: int, e: int, part: tuple[str, str]) -> Any:
+        """What expert `e` of so many has of a tensor of all: [n, k] of a weight. `part`: the linear
+        and its leaf.
+        """
+        own = tensor.reshape(experts, -1, *tensor.shape[1:])[e] if self.flat else tensor[e]
+        return own.T if part[0] in self.turned and part[1] == "weight" else own
+
 
 STORES = {
     "separate": Store(),

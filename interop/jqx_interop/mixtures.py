@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running the experts of a block over the calibration data, one in memory at a time, and reducing
+what their linears meet.
+
+Each takes the tokens that were sent to it; with `all_experts` what it would meet of all others is
+part of its statistics too. The largest magnitude of inputs is that of all experts, as ModelOpt 0.47
+has it; other statistics are those of an expert, or of all where it met fewer than LEAST_TOKENS.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int
+
+from jqx.algorithms import InputStats
+from jqx.algorithms.quadratic import gram
+from jqx.calibration import amax, input_amax
+from jqx.calibration.moments import Moments, add_tokens, results, start
+from jqx.models import (
+    BlockKind,
+    Compute,
+    Experts,
+    ModelSpec,
+    expert,
+    kinds,
+)
+from jqx.transforms import Use, observe
+
+from .blocks import load_expert
+from .chain import side_by_side
+from .collecting import Readers, check_finite, wanted_of
+from .device import compute_of
+from .experts import expert_linears
+from .job import Job
+from .routed import RoutedStates, Sent
+
+MOST_ROWS, FEWEST_ROWS = 2048, 16
+"""Tokens that an expert takes at once: one of few numbers, so that few programs are compiled."""
+
+LEAST_TOKENS = 32
+"""With fewer, second moments say more of the tokens than of the expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertProgram:
+    """What one compiled program of an expert depends on; `whole`: linears whose inputs are
+    returned.
+    """
+
+    spec: ModelSpec
+    kind: BlockKind
+    compute: Compute
+    dtype: str
+    whole: frozenset[str] = frozenset()
+
+
+@partial(jax.jit, static_argnames=("program",))
+def expert_step(
+    params: Any,
+    x: Float[jax.Array, "r k"],
+    weights: Float32[jax.Array, "r"],
+    real: Bool[jax.Array, "r"],
+    *,
+    program: ExpertProgram,
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """What an expert adds to the sums of its rows, the maxima of what its linears read, and that
+    itself where asked for.
+    """
+
+    def collect(use: Use, x: jax.Array) -> dict[str, jax.Array] | None:
+        if use.op != "dot":
+            return None
+        found = {"amax": amax(x, jnp.dtype(program.dtype))}
+        return found | ({"whole": x} if _linear_of(use.path) in program.whole else {})
+
+    def run(params: Any, x: jax.Array) -> jax.Array:
+        return expert(program.spec, program.kind, params, x, weights, real, program.compute)
+
+    y, found = observe(run, collect)(params, x)
+    maxima = {_linear_of(path): part["amax"] for path, part in found.items()}
+    whole = {_linear_of(path): part["whole"] for path, part in found.items() if "whole" in part}
+    return y, maxima, whole
+
+
+def _linear_of(path: str) -> str:
+    return path.removesuffix(".weight")
+
+
+class _One(NamedTuple):
+    """What one expert made of its tokens, and what its linears met."""
+
+    sums: Float32[np.ndarray, "n k"]
+    maxima: dict[str, np.float32]
+    stats: dict[str, InputStats]
+
+
+class MixtureRun:
+    """The experts of block `i` over what was routed to them."""
+
+    def __init__(
+        self,
+        job: Job,
+        i: int,
+        states: RoutedStates,
+        leaders: Readers,
+        place: Path,
+    ):
+        """`leaders`: linears that stand for an input of which more than the amax is wanted -> all
+        that read it; `place`: where large statistics lie.
+        """
+        assert job.spec is not None
+        kind = kinds(job.spec)[i]
+        assert isinstance(kind.mlp, Experts)
+        self._job, self._i, self._states, self._place = job, i, states, place
+        self._compute = compute_of(job.settings.compute, job.dtype)
+        self._members = expert_linears(job.spec, i)
+        self._leaders = [
+            {name: leaders[path] for name, path in own.items() if path in leaders}
+            for own in self._members
+        ]
+        whole = frozenset(name for own in self._leaders for name in own)
+        self._program = ExpertProgram(job.spec, kind, self._compute, job.dtype.name, whole)
+        self._sent = states.sent()
+        self.tokens = np.array([len(one.tokens) for one in self._sent])
+        self._merged: dict[str, InputStats] = {}
+
+    def run(self, advance: Callable[[float], None]) -> dict[str, InputStats]:
+        """Add to the sums of `states`; returns the statistics of all linears of experts."""
+        maxima: list[dict[str, np.float32]] = []
+        found: list[dict[str, InputStats]] = []
+        few = bool((self.tokens < LEAST_TOKENS).any()) and any(self._leaders)
+        for e, one in enumerate(side_by_side(self._one, len(self._sent))):
+            self._states.total[self._sent[e].tokens] += one.sums
+            maxima.append(one.maxima)
+            found.append({name: spilled(row, self._place) for name, row in one.stats.items()})
+            for name, row in one.stats.items() if few else ():
+                self._merged[name] = merged(self._merged.get(name), row)
+            advance(1 / len(self._sent))
+        self._states.settle()
+        names = dict.fromkeys(name for own in maxima for name in own)
+        largest = {
+            name: input_amax([jnp.asarray(own[name]) for own in maxima if name in own])
+            for name in names
+        }
+        return dict(self._by_path(found, {n: np.float32(v) for n, v in largest.items()}))
+
+    def _by_path(
+        self, found: list[dict[str, InputStats]], largest: dict[str, np.float32]
+    ) -> Iterator[tuple[str, InputStats]]:
+        """The statistics of every linear of every expert, its own or those of all."""
+        for e, members in enumerate(self._members):
+            own = found[e] if self.tokens[e] >= LEAST_TOKENS else self._merged
+            for name, path in members.items():
+                yield path, {"amax": largest.get(name, np.float32(0))}
+            for name, readers in self._leaders[e].items():
+                for path in readers:
+                    yield path, {**own[name], "amax": largest[name]}
+
+    def _one(self, e: int) -> _One:
+        sent, params = self._sent[e], load_expert(self._job, self._i, e, self._compute)
+        sums = np.zeros((len(sent.tokens), self._states.width), np.float32)
+        maxima: list[dict[str, np.ndarray]] = []
+        moments = self._moments(e)
+        for at, count, given in self._parts(sent):
+            y, found, whole = expert_step(params, *given, program=self._program)
+            sums[at : at + count] = np.asarray(y)[:count]
+            maxima.append(jax.device_get(found))
+            last = jnp.asarray(at + count == len(sent.tokens))
+            for name, so_far in moments.items():
+                moments[name] = add_tokens(
+                    so_far, whole[name], jnp.int32(count), last, dtype=self._job.dtype.name
+                )
+        most = (
+            {name: np.max([part[name] for part in maxima]) for name in maxima[0]} if maxima else {}
+        )
+        stats = {name: results(so_far) for name, so_far in moments.items()}
+        for name, row in stats.items() if maxima else ():
+            check_finite(self._members[e][name], row)
+        return _One(sums, most, stats)
+
+    def _moments(self, e: int) -> dict[str, Moments]:
+        """Nothing yet, by the linears that stand for the inputs of an expert."""
+        room = sum(rows_for(n) for _, n in _pieces(len(self._sent[e].tokens))) or FEWEST_ROWS
+        return {
+            name: start(wanted_of(self._job, readers, room))
+            for name, readers in self._leaders[e].items()
+        }
+
+    def _parts(self, sent: Sent) -> Iterator[tuple[int, int, tuple[Any, Any, Any]]]:
+        """Tokens of an expert as it takes them: where they begin, how many they are, and their
+        rows, weights and which are real.
+        """
+        for at, count in _pieces(len(sent.tokens)):
+            size = rows_for(count)
+            x = np.zeros((size, self._states.width), self._compute.carrier)
+            x[:count] = self._states.rows(sent.tokens[at : at + count])
+            weights = np.pad(sent.weights[at : at + count], (0, size - count))
+            yield at, count, (jnp.asarray(x), jnp.asarray(weights), jnp.arange(size) < count)
+
+
+def merged(a: InputStats | None, b: InputStats) -> InputStats:
+    """The statistics of two sets of tokens together. Second moments take the place of tokens."""
+    b = _with_gram(b)
+    if a is None:
+        return b
+    found = {kind: MERGES[kind](a[kind], b[kind]) for kind in b if kind in MERGES}
+    if "channel_mean" in b:
+        total = max(int(a["tokens"]) + int(b["tokens"]), 1)
+        parts = (row["channel_mean"] * (int(row["tokens"]) / total) for row in (a, b))
+        found["channel_mean"] = sum(parts)
+    return found
+
+
+MERGES: dict[str, Callable[[Any, Any], Any]] = {
+    "amax": np.maximum,
+    "channel_amax": np.maximum,
+    "square": np.add,
+    "gram": np.add,
+    "block_gram": np.add,
+    "block_log2": np.add,
+    "tokens": np.add,
+}
+"""Kind of statistics -> what it is of two sets of tokens."""
+
+
+def _with_gram(stats: InputStats) -> InputStats:
+    found = {kind: np.asarray(value) for kind, value in stats.items() if kind != "root"}
+    if "root" in stats:
+        found["gram"] = np.asarray(gram(stats, "experts"))
+    return found
+
+
+def spilled(stats: InputStats, place: Path) -> InputStats:
+    """`stats` with large arrays in files that vanish when nothing needs them."""
+    found = {}
+    for kind, value in stats.items():
+        array = np.asarray(value)
+        if array.nbytes > SPILLED:
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.truncate(array.nbytes)
+                kept = np.memmap(file, array.dtype, "r+", shape=array.shape)
+            kept[...] = array
+            array = kept
+        found[kind] = array
+    return found
+
+
+SPILLED = 1 << 18
+"""Bytes of an array from which on it lies in a file: of hundreds of experts there are many."""
+
+
+def _pieces(count: int) -> Iterator[tuple[int, int]]:
+    """Where parts of so many tokens begin, and how many they are."""
+    for at in range(0, count, MOST_ROWS):
+        yield at, min(MOST_ROWS, count - at)
+
+
+def rows_for(count: int) -> int:
+    """The number of rows that `count` tokens are filled up to: a power of two, or half as much
+    again.
+    """
+    power = max(FEWEST_ROWS, 1 << max(count - 1, 0).bit_length())
+    return power * 3 // 4 if power > FEWEST_ROWS and count <= power * 3 // 4 else power
+
+
+def told(block: str, tokens: Int[np.ndarray, " e"], *, stand_in: bool) -> str | None:
+    """What people should know of experts that met few tokens; None where all met enough.
+    `stand_in`: whether statistics of others stand in for theirs.
+    """
+    few = int((tokens < LEAST_TOKENS).sum())
+    if not few:
+        return None
+    instead = "; the statistics of all of them stand in for theirs" if stand_in else ""
+    return (
+        f"{block}: {few} of {len(tokens)} experts met fewer than {LEAST_TOKENS} tokens, "
+        f"{int((tokens == 0).sum())} met none (median {int(np.median(tokens))}){instead}"
+    )
