@@ -14,9 +14,18 @@ import numpy as np
 from jqx.config import Choice, base_format
 from jqx.errors import InputError
 from jqx.formats import Format, find_format, grid_shape
-from jqx.models import ModelSpec, block_prefix, input_groups, kinds, linear_shapes, param_shapes
+from jqx.models import (
+    ModelSpec,
+    block_prefix,
+    input_groups,
+    kinds,
+    leaf_shapes,
+    linear_shapes,
+    param_shapes,
+)
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
+from jqx.tensors.stacks import unstacked
 
 from .checkpoints import DTYPES, TensorOut, refuse
 from .orientation import turned
@@ -46,7 +55,8 @@ def content_of(
     be rounded where it stores them in float16. Raises one InputError for all that is wrong.
     """
     shapes = param_shapes(spec)
-    leaves = flatten(params, order=shapes)
+    members = unstacked(flatten(params, order=leaf_shapes(spec)))
+    leaves = {n: members[n] for n in shapes if n in members} | members
     stored = {n.removesuffix(".weight"): q for n, q in leaves.items() if isinstance(q, QTensor)}
     dtype = _dtype_of(leaves)
     wanted = shapes | {tensor.name: tensor.shape for tensor in kv_tensors(spec, dtype)}

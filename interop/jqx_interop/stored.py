@@ -23,12 +23,14 @@ from jqx.models import (
     block_prefix,
     block_shapes,
     kinds,
+    leaf_shapes,
     linear_shapes,
     param_shapes,
 )
 from jqx.models.layers import module
 from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
+from jqx.tensors.stacks import stacked
 
 from .architecture import optional_tensors, own_head, spec_for
 from .checkpoints import (
@@ -100,7 +102,7 @@ def read_params(
 ) -> dict[str, Any]:
     """The nested tree of the parameters `names`, which are those of `param_shapes(source.spec)`.
 
-    The weight of a quantized linear is a QTensor; what belongs to cached keys and values comes with
+    The weight of a quantized linear is a QTensor, those of experts are stacks; what belongs to cached keys and values comes with
     its projection. Plain tensors are in the model's dtype, plain matrices in `cast` if given. Pages
     of the files are released as soon as they are copied.
 
@@ -128,7 +130,7 @@ def read_params(
             leaves[tensor.name] = _checked(source, stored, problems)
     if problems:
         refuse(source.checkpoint.path, problems, "The checkpoint is damaged.")
-    return unflatten(leaves)
+    return unflatten(stacked(leaves, leaf_shapes(source.spec)))
 
 
 def read_block(source: Source, i: int, compute: Compute) -> dict[str, Any]:
