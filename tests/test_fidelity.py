@@ -10,13 +10,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import restated
 from golden import make_families, make_mixtures, make_models
 from tiny_families import (
     CONFIGS,
     IDS,
     ONE_EACH,
     RECORDED,
+    RESTATED,
     answers,
     distance,
     logits_of,
@@ -46,7 +46,7 @@ def test_logits_are_those_of_another_implementation(case, record_property):
     got = logits_of(case)
     assert got.dtype == np.float32
     far = distance(case, got[:, list(places)], wanted)
-    by = "restated" if case in restated.CASES else "transformers"
+    by = "restated" if case in RESTATED else "transformers"
     record_property("told", f"{CONFIGS[case]['model_type']:13} {case:26} {far:.1e}  {by}")
     assert far <= FARTHEST
     lowest = np.finfo(np.float32).min

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import restated
+import restated_mixtures
 from golden import make_families as golden
 from golden import make_mixtures, make_models
 
@@ -22,13 +23,19 @@ from jqx_interop.families import spec_from_config
 RECORDED = {**golden.CASES, **make_mixtures.CASES}
 """Cases of which a few logits are kept, and the config.json that transformers writes."""
 
-CONFIGS: dict[str, dict[str, Any]] = {**make_models.CASES, **RECORDED, **restated.CASES}
+RESTATED = {**restated.CASES, **restated_mixtures.CASES}
+"""Cases whose logits are computed again."""
+
+CONFIGS: dict[str, dict[str, Any]] = {**make_models.CASES, **RECORDED, **RESTATED}
 """Name -> config.json."""
 
 ONE_EACH = {config["model_type"]: case for case, config in CONFIGS.items()}
 """model_type -> the last of its cases."""
 
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe"),
+    *("deepseek_v2", "deepseek_v3", "llama4_text", "llama4", "gpt_oss", "dbrx", "arctic"),
+)
 """The model types with experts."""
 
 DENSE = [kind for kind in ONE_EACH if kind not in MIXTURES]
@@ -73,8 +80,14 @@ def answers(case: str) -> tuple[tuple[int, ...], np.ndarray]:
     elif case in RECORDED:
         return golden.PLACES, _recorded(_file(case))[case]
     else:
-        known = restated.logits(CONFIGS[case], tensors_of(case), np.asarray(IDS))
+        known = _restated(CONFIGS[case], tensors_of(case))
     return tuple(range(known.shape[1])), known
+
+
+def _restated(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """Float64 logits of all sequences."""
+    run = {**restated.FUNCTIONS, **restated_mixtures.FUNCTIONS}[config["model_type"]]
+    return np.stack([run(config, tensors, row) for row in np.asarray(IDS)])
 
 
 def saved_config(case: str) -> dict[str, Any]:

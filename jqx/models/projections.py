@@ -26,8 +26,9 @@ def queries_keys_values(
 ) -> tuple[Heads, Float[Array, "b kv t d"], Float[Array, "b kv t m"]]:
     """Queries, keys and values of the normed input `x`, the former turned to their positions."""
     names, compute = inside.names, inside.compute
-    q, k, v = (_clipped(row, y, inside) for y in PROJECTIONS[row.qkv](row, inside, x))
+    q, k, v = PROJECTIONS[row.qkv](row, inside, x)
     q, k = _normed(row, inside, names.q_norm, q), _normed(row, inside, names.k_norm, k)
+    q, k, v = (_clipped(row, y) for y in (q, k, v))
     if row.rope is not None:
         by = turns(row.rope, row.head_dim, positions, compute)
         q, k = rotate(row.rope, q, by, compute), rotate(row.rope, k, by, compute)
@@ -87,7 +88,7 @@ PROJECTIONS: dict[str, Callable[[Attention, Inside, Array], Flat]] = {
 """Attention.qkv -> function to queries, keys and values, heads side by side."""
 
 
-def _clipped(row: Attention, y: Array, inside: Inside) -> Array:
+def _clipped(row: Attention, y: Array) -> Array:
     return y if row.clip is None else jnp.clip(y, -row.clip, row.clip)
 
 

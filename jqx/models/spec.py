@@ -95,12 +95,12 @@ class Attention:
     A query sees the keys at distances 0 .. window - 1 (`None`: all earlier ones), of those at its
     own number position // `chunk`. Scores are multiplied by `scale`, then bent as cap * tanh(scores
     / cap). `qkv` is a key of PROJECTIONS: how q, k and v lie in the checkpoint, `latent` what that
-    of "latent" has more; what they come out as is clamped to +-`clip`. `value_dim`: channels of a
-    head of values, where not `head_dim`. `qk_norm` normalises queries and keys before they rotate;
-    `qk_norm_of` is a key of QK_NORMS: over what. With `unit_eps` heads of them are divided by their
-    root mean squares after that. Queries at positions p >= `log_from` are multiplied by log(p + 1)
-    / log(log_from), with `heat` (scale, floor) by 1 + scale log(1 + floor((p + 1) / floor)). `sinks`:
-    a learned score for each head, of nothing.
+    of "latent" has more; what they come out as, normed, is clamped to +-`clip`. `value_dim`:
+    channels of a head of values, where not `head_dim`. `qk_norm` normalises queries and keys before
+    they rotate; `qk_norm_of` is a key of QK_NORMS: over what. With `unit_eps` heads of them
+    are divided by their root mean squares after that. Queries at positions p >= `log_from` are
+    multiplied by log(p + 1) / log(log_from), with `heat` (scale, floor) by 1 + scale log(1 +
+    floor((p + 1) / floor)). `sinks`: a learned score for each head, of nothing.
     """
 
     heads: int
@@ -299,6 +299,7 @@ class Names:
     residual_up: str = "residual_mlp.w3"
     residual_down: str = "residual_mlp.w2"
     buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # globs: tensors that are no parameters
+    carried: tuple[str, ...] = ()  # globs: tensors of other models, which stay as they are
 
     def replaced(self, **names: str) -> "Names":
         """The same with other names."""

@@ -21,21 +21,23 @@ def every(read: Reader, i: int) -> bool:
     return True
 
 
-def mixture(
+def mixture(  # noqa: PLR0913  one call a family
     router: Callable[[Reader], Router],
     number: str = "num_experts",
     inner: str = "intermediate_size",
     layers: Layers = every,
+    form: str | None = None,
     **more: Any,
 ) -> Callable[[Reader, Mlp, int], Mlp | Experts]:
     """`Family.experts` of a family whose config has the number of experts under the key `number`
-    and their size under `inner`; `more` are fields of Experts, or functions of what is read and of
-    one expert.
+    and their size under `inner`; `form`: that of experts, where it is not that of a dense layer;
+    `more` are fields of Experts, or functions of what is read and of one expert.
     """
 
     def experts(read: Reader, mlp: Mlp, i: int) -> Mlp | Experts:
         of_experts = {key: positive(read, key) for key in (number, inner, "num_experts_per_tok")}
-        each, chosen = replace(mlp, inner=of_experts[inner]), router(read)
+        each = replace(mlp, inner=of_experts[inner], form=form or mlp.form)
+        chosen = router(read)
         given = {k: value(read, each) if callable(value) else value for k, value in more.items()}
         if not layers(read, i):
             return mlp

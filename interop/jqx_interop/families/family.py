@@ -45,7 +45,8 @@ class Family:
     `layout` where norms are; `qkv` how q, k and v lie; `mlp` the form of the MLP. `qk_norm`: what
     queries and keys are normed over (None: nothing). `rotates`: how many channels of a head turn
     (None: all); `rope`: how. `windows` is a key of WINDOWS: which layers slide. `activations`
-    replaces what a config file says by what the weights were trained with. `folds_rows`: ModelOpt
+    replaces what a config file says by what the weights were trained with. `text`: the
+    key of the config inside the config, for models that see more than text. `folds_rows`: ModelOpt
     moves the NVFP4 AWQ factors of o_proj and down_proj into the rows of the linear before them.
 
     What else a family has is said by functions of what is read: `of_attention` and `of_mlp` finish
@@ -81,6 +82,7 @@ class Family:
     experts: "Callable[[Reader, Mlp, int], Mlp | Experts]" = _as_it_is
     of_layer: "Callable[[Reader, BlockKind, int], BlockKind]" = _as_it_is
     of_model: "Callable[[Reader, ModelSpec], ModelSpec]" = _as_it_is
+    text: str | None = None
     folds_rows: bool = False
 
 

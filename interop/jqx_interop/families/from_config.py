@@ -35,7 +35,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _spec(config: Mapping[str, Any]) -> ModelSpec:
-    read = Reader(family_of(config), config)
+    read = reader_of(config)
     read.check_required()
     row = read.row
     norm = Norm(kind=row.norm, eps=float(read("rms_norm_eps")), bias=row.norm_bias)
@@ -61,10 +61,24 @@ def context_of(config: Mapping[str, Any]) -> int:
 
     Raises InputError if it says no positive number.
     """
-    tokens = Reader(family_of(config), config)("max_position_embeddings")
+    tokens = reader_of(config)("max_position_embeddings")
     if not isinstance(tokens, int) or tokens < 1:
         raise InputError(f"config.json: max_position_embeddings is {tokens!r}, no positive number")
     return tokens
+
+
+def reader_of(config: Mapping[str, Any]) -> Reader:
+    """The reader of a config, or of what it says of text. Raises InputError as `family_of`, and
+    where it says nothing of text.
+    """
+    row = family_of(config)
+    if row.text is None:
+        return Reader(row, config)
+    inner = config.get(row.text)
+    if not isinstance(inner, Mapping):
+        raise InputError(f"config of model_type {row.model_type!r} has no object {row.text}")
+    outer = {key: config[key] for key in ("quantization_config",) if key in config}
+    return Reader(row, {**inner, **outer})
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -5,11 +5,12 @@ Granite and Phi-3.5.
 
 from dataclasses import replace
 
-from jqx.models import Names, Router
+from jqx import InputError
+from jqx.models import Mlp, ModelSpec, Names, Router
 
-from .experts import mixture
-from .family import frozen
-from .llama import MISTRAL, QWEN3
+from .experts import mixture, positive
+from .family import Family, frozen
+from .llama import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3
 from .reader import Reader
 
 
@@ -63,4 +64,98 @@ QWEN3_MOE = replace(
     experts=mixture(_normed, inner="moe_intermediate_size", layers=_sparse),
 )
 
-ROWS = (MIXTRAL, QWEN3_MOE)
+
+def _shared(read: Reader, each: Mlp) -> Mlp:
+    return replace(each, inner=positive(read, "shared_expert_intermediate_size"))
+
+
+QWEN2_MOE = replace(
+    QWEN2,
+    model_type="qwen2_moe",
+    title="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
+    keys=QWEN3_MOE.keys,
+    qkv_bias="qkv_bias",
+    windows="typed",
+    defaults=frozen(
+        **QWEN2.defaults,
+        qkv_bias=True,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        shared_expert_intermediate_size=5632,
+    ),
+    experts=mixture(
+        _normed, inner="moe_intermediate_size", layers=_sparse, shared=_shared, shared_gate=True
+    ),
+)
+
+OLMOE = Family(
+    model_type="olmoe",
+    title="OLMoE 1B-7B",
+    keys=QWEN3_MOE.keys,
+    defaults=frozen(
+        rms_norm_eps=1e-5,
+        max_position_embeddings=4096,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+    ),
+    qk_norm="all",
+    of_attention=lambda read, row: replace(row, clip=read("clip_qkv")),
+    experts=mixture(_normed),
+)
+
+GRANITE_MOE = replace(
+    GRANITE,
+    model_type="granitemoe",
+    title="Granite 3 1B-A400M, 3B-A800M",
+    names=Names(
+        router="block_sparse_moe.router.layer",
+        expert_gate_up="block_sparse_moe.input_linear.weight",
+        expert_down="block_sparse_moe.output_linear.weight",
+    ),
+    mlp="fused_gated",
+    mlp_bias=False,
+    defaults=frozen(num_local_experts=8, num_experts_per_tok=2),
+    experts=mixture(
+        lambda read: Router(kind="softmax_chosen"), number="num_local_experts", store="fused_rows"
+    ),
+)
+
+
+def _sparsemixer(read: Reader) -> Router:
+    if read("num_experts_per_tok") != 2:
+        raise InputError(
+            f"config sets num_experts_per_tok = {read('num_experts_per_tok')!r:.60}, which is not "
+            "supported for model_type 'phimoe'; supported: 2"
+        )
+    return Router(kind="sparsemixer", threshold=float(read("router_jitter_noise")))
+
+
+def _biased_head(read: Reader, spec: ModelSpec) -> ModelSpec:
+    return replace(spec, head_bias=bool(read("lm_head_bias")))
+
+
+PHI_MOE = replace(
+    LLAMA,
+    model_type="phimoe",
+    title="Phi-3.5-MoE",
+    names=MIXTRAL_NAMES,
+    norm="layer",
+    norm_bias=True,
+    mlp_bias=False,
+    windows="every_layer",
+    folds_rows=False,
+    defaults=frozen(
+        rms_norm_eps=1e-5,
+        max_position_embeddings=131072,
+        rope_theta=1000000.0,
+        num_key_value_heads=8,
+        num_local_experts=16,
+        num_experts_per_tok=2,
+        router_jitter_noise=0.01,
+        lm_head_bias=False,
+    ),
+    experts=mixture(_sparsemixer, number="num_local_experts"),
+    of_model=_biased_head,
+)
+
+ROWS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, PHI_MOE)

@@ -59,6 +59,11 @@ def _by_pattern(read: Reader) -> Windows:
     return _by_types(read, window, lambda i: (i + 1) % pattern != 0)
 
 
+def _every_other(read: Reader) -> Windows:
+    """`layer_types` decides if given, else all layers with even numbers slide."""
+    return _by_types(read, read("sliding_window"), lambda i: i % 2 == 0)
+
+
 def _where_used(read: Reader) -> Windows:
     """`layer_types` decides if given and windows are used."""
     window = _if_used(read)
@@ -87,6 +92,7 @@ WINDOWS: Mapping[str, Callable[[Reader], Windows]] = MappingProxyType(
         "never": _never,
         "every_layer": _every_layer,
         "every_layer_if_used": _every_layer_if_used,
+        "every_other": _every_other,
         "typed": _typed,
         "from_max_window_layers": _from_max_window_layers,
         "by_pattern": _by_pattern,
