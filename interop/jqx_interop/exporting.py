@@ -18,10 +18,11 @@ from jqx.errors import InputError, nearest
 
 from .checkpoints import ShardWriter, TensorOut, Workspace, plan_shards, refuse, small_files, told
 from .describe import describe
+from .notes import NOTE, SCALARS, exact_notes
 from .orientation import laid, laid_outputs, matrix
 from .progress import Progress, Silent
 from .saving import in_module_order, unquantized
-from .stored import NOTE, SCALARS, Source, exact_notes, gathered, open_model, stored_arrays
+from .stored import Source, gathered, open_model, stored_arrays
 from .stored_checks import kv_tensors
 from .targets import RECIPROCALS, SMALL, TARGETS, Target, holds, inexact_scales
 

@@ -112,7 +112,7 @@ def make_plan(job: Job, tokens: int = 0, out: Path | None = None) -> Plan:
         peak_memory_bytes=memory,
         spilled_bytes=spilled,
         seconds=round(_seconds(job, tokens), 1),
-        engines=engines_for(job.choices, job.settings.target, job.kv),
+        engines=engines_for(job.described, job.settings.target, job.kv),
         notes=tuple(_notes(job)),
     )
 

@@ -19,6 +19,7 @@ from jqx.formats import Format, find_format, with_float_scales
 from jqx.formats.on_gpu import encode_on_gpu, encodes
 from jqx.tensors import QTensor
 
+from .carrying import carried
 from .choices import input_bound
 from .job import Job
 from .orientation import straight
@@ -89,7 +90,8 @@ def stored_group(job: Job, members: tuple[str, ...]) -> Iterator[tuple[str, QTen
         choice = job.choices[path]
         fmt = find_format(choice.weight or "")
         whole = max(amax[p] for p in alike(job, members, path)) if one_scale(fmt) else None
-        yield path, encode_weight(weights[path], fmt, whole).replace(input_format=choice.input)
+        q = carried(job, path) or encode_weight(weights[path], fmt, whole)
+        yield path, q.replace(input_format=choice.input)
         job.checkpoint.release(path + ".weight")
 
 
