@@ -7,6 +7,7 @@ any more
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +20,13 @@ from jqx_interop.checkpoints import TensorInfo
 from jqx_interop.notes import SCALARS
 from jqx_interop.orientation import is_turned, laid_outputs, straight
 from jqx_interop.stored_checks import differs, linear_tensors
-from jqx_interop.targets import METHOD, TARGETS, Said, Target
+from jqx_interop.targets import METHOD, TARGETS, ZERO_POINT, Said, Target, zeros_of
 
 from .fused import fused_weights
 from .weight import Arrays, Found, Given, Shape, Weight, decoded
 
 UNPACKED = ("weight", "weight_packed")
+ORDER = "weight_g_idx"
 
 
 def modelopt_weights(given: Given) -> Found:
@@ -45,7 +47,7 @@ def linears(given: Given, target: Target) -> Found:
         else:
             shapes[path] = shape
     stored = {name: info.shape for name, info in given.tensors.items()}
-    inline = given.said or None
+    inline = _any_order(given.said) or None
     meant = target.read(Said(inline=inline, file=given.file, linears=shapes, stored=stored))
     choices = meant.choices if meant is not None else {}
     for path, shape in shapes.items():
@@ -56,6 +58,21 @@ def linears(given: Given, target: Target) -> Found:
         yield from problems
         if not problems:
             yield _weight(given, target, path, choices[path], shape)
+
+
+def _any_order(said: Mapping[str, Any]) -> dict[str, Any]:
+    """A description without the order of columns, which the tensors tell."""
+    groups = said.get("config_groups")
+    if not isinstance(groups, Mapping):
+        return dict(said)
+    return {**said, "config_groups": {name: _unordered(group) for name, group in groups.items()}}
+
+
+def _unordered(group: Any) -> Any:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping):
+        return group
+    return {**group, "weights": {k: v for k, v in weights.items() if k != "actorder"}}
 
 
 def matrix_shape(given: Given, path: str) -> Shape | None:
@@ -97,7 +114,8 @@ def _problems(
 
 
 def _weight(given: Given, target: Target, path: str, choice: Choice, shape: Shape) -> Weight:
-    parts = {leaf: n for leaf in target.leaves if (n := f"{path}.{leaf}") in given.tensors}
+    leaves = (*target.leaves, ORDER)
+    parts = {leaf: n for leaf in leaves if (n := f"{path}.{leaf}") in given.tensors}
     turned = is_turned(given.spec, path)
     exact = {leaf: given.notes[n] for leaf in SCALARS if (n := f"{path}.{leaf}") in given.notes}
 
@@ -108,7 +126,9 @@ def _weight(given: Given, target: Target, path: str, choice: Choice, shape: Shap
         return target.gathered(arrays, choice, shape, given.dtype)
 
     def floats(arrays: Arrays, dtype: np.dtype) -> np.ndarray:
-        found = plain(stored(arrays), dtype)
+        q = stored(arrays)
+        shifted = ZERO_POINT in arrays or ORDER in arrays
+        found = _integers(q, arrays).astype(dtype) if shifted else plain(q, dtype)
         return np.ascontiguousarray(found.T) if turned else found
 
     return Weight(
@@ -116,9 +136,22 @@ def _weight(given: Given, target: Target, path: str, choice: Choice, shape: Shap
         shape=shape[::-1] if turned else shape,
         parts=parts,
         floats=floats,
-        choice=choice,
-        stored=stored,
+        choice=None if ORDER in parts else choice,
+        stored=None if ORDER in parts else stored,
     )
+
+
+def _integers(q: QTensor, arrays: Arrays) -> np.ndarray:
+    """Packed integers with zero points, or with columns in another order."""
+    n, k = q.shape
+    codes = decoded(q.replace(scale=np.ones_like(q.scale), low_rank=None), np.dtype(np.float32))
+    scale = np.asarray(q.scale, np.float32)
+    index = arrays.get(ORDER, np.arange(k) // (k // scale.shape[1]))
+    if np.any((index < 0) | (index >= scale.shape[1])):
+        raise InputError(f"{ORDER} names blocks beyond the {scale.shape[1]} there are")
+    bits = q.format.element.bits
+    zeros = zeros_of(arrays, bits, n) if ZERO_POINT in arrays else np.zeros_like(scale)
+    return (codes - zeros.astype(np.float32)[:, index]) * scale[:, index]
 
 
 def plain(q: QTensor, dtype: np.dtype) -> np.ndarray:
