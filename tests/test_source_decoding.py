@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every row of SOURCES decodes to, against its definition, and against what others decode."""
 
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import reference
@@ -21,10 +23,14 @@ from foreign import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jqx.formats import find_format
+from jqx.tensors import QTensor
+from jqx_interop import carrying
 from jqx_interop.sources import SOURCES, Weight
 from jqx_interop.sources.weight import Given
 
 F32 = np.dtype(np.float32)
+GOLDEN = dict(np.load(Path(__file__).with_name("golden") / "sources.npz"))
 SIZES = st.integers(1, 300)
 SEEDS = st.integers(0, 99)
 
@@ -252,3 +258,52 @@ def test_packed_integers_of_compressed_tensors(shifted: bool, ordered: bool):
     step = scale.astype(BF16).astype(np.float32)
     got = floats("compressed-tensors", arrays, said)["a.weight"]
     same(got, integers(codes, zeros, step, index))
+
+
+# --- what the code of others decodes
+
+
+def answers(case: str) -> Arrays:
+    return {k.split("|")[1]: a for k, a in GOLDEN.items() if k.startswith(f"{case}|")}
+
+
+def test_blocks_of_fp8_are_what_transformers_decodes():
+    case = answers("fp8 blocks")
+    arrays = {"a.weight": case["weight"].view(F8), "a.weight_scale_inv": case["scale"]}
+    same(floats("fp8-blocks", arrays, dtype=BF16)["a.weight"], case["decoded"].view(BF16))
+
+
+def test_experts_of_mxfp4_are_what_transformers_decodes():
+    case = answers("mxfp4")
+    arrays = {"e_blocks": case["blocks"], "e_scales": case["scales"]}
+    same(floats("mxfp4", arrays, dtype=BF16)["e"], case["decoded"].view(BF16))
+
+
+GPTQ = [("gptq", bits) for bits in (2, 3, 4, 8)] + [("gptq_v2", bits) for bits in (3, 4)]
+
+
+@pytest.mark.parametrize(("version", "bits"), GPTQ)
+def test_gptq_is_what_auto_round_decodes(version: str, bits: int):
+    case = answers(f"{version} {bits}")
+    arrays = {f"a.{n}": case[n] for n in ("qweight", "qzeros")}
+    arrays["a.scales"] = case["scales"].astype(np.float16)
+    said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "checkpoint_format": version}
+    got = floats("gptq", arrays, said)["a.weight"]
+    np.testing.assert_allclose(got, case["decoded"], rtol=2.0**-10)  # that code has half precision
+    assert (got.astype(np.float16) == case["decoded"].astype(np.float16)).mean() > 0.999
+
+
+@pytest.mark.parametrize("case", ["cast", "cast beyond"])
+def test_mxfp4_becomes_the_nvfp4_of_modelopt(case: str):
+    made = answers(case)
+    q = QTensor(made["packed"], made["scales"], None, format=find_format("mxfp4"), dtype=BF16)
+    mine = carrying.cast(q, carrying.top_of(made["scales"]), find_format("nvfp4"))
+    np.testing.assert_array_equal(mine.codes, made["codes"])
+    np.testing.assert_array_equal(np.asarray(mine.scale).view(np.uint8), made["scale"])
+    assert mine.tensor_scale == made["outer"]
+    wide, near = (np.asarray(jax.jit(lambda q: q.decode(np.float32))(x)) for x in (q, mine))
+    wrong = (wide != near).reshape(*made["scales"].shape, -1).any(-1)
+    blocks, exact = made["exact"]
+    beyond = made["scales"].astype(int) < made["scales"].max() - 17
+    assert not wrong[~beyond].any()
+    assert wrong.any() == (exact < blocks)

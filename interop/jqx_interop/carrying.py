@@ -26,6 +26,7 @@ from .sources import DecodedCheckpoint
 FROM, TO = "mxfp4", "nvfp4"
 BIAS, TOP, LEAST = 127, 8, -9  # of exponents: that of a byte, and those that E4M3 reaches
 BOUND = 6.0 * 448.0
+NOTHING = 2.0**-40  # of the largest: a block of zeros gets the smallest scale, not 1
 HALVES = 2  # blocks of 16 in one of 32
 ROWS = 1 << 21  # values encoded in one call
 
@@ -55,9 +56,9 @@ def carried(job: Job, path: str) -> QTensor | None:
     group = alike(job, path)
     if any(_source_of(job, p) is None for p in group):
         return None
-    top = max(_top(_exponents(job, source, p)) for p in group)
+    top = max(top_of(_exponents(job, source, p)) for p in group)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        found = _cast(q, top, find_format(name))
+        found = cast(q, top, find_format(name))
     return found.replace(dtype=job.dtype, input_format=job.choices[path].input)
 
 
@@ -71,7 +72,7 @@ def count(job: Job) -> Carried | None:
         group = alike(job, path)
         if any(_source_of(job, p) is None for p in group):
             continue
-        top = max(_top(_exponents(job, source, p)) for p in group)
+        top = max(top_of(_exponents(job, source, p)) for p in group)
         q = source.stored(f"{path}.weight")
         exponents = np.asarray(q.scale).astype(np.int32) - BIAS
         low = exponents < top - TOP + LEAST
@@ -105,14 +106,14 @@ def _exponents(job: Job, source: DecodedCheckpoint, path: str) -> np.ndarray:
     return np.asarray(source.stored(f"{path}.weight").scale)
 
 
-def _top(scales: np.ndarray) -> int:
+def top_of(scales: np.ndarray) -> int:
     """The largest exponent; bytes of 0 are blocks of zeros."""
     largest = int(scales.max(initial=0))
     return largest - BIAS if largest else 0
 
 
-def _cast(q: QTensor, top: int, fmt: Format) -> QTensor:
-    """`q` in MXFP4 as NVFP4, in slices of rows."""
+def cast(q: QTensor, top: int, fmt: Format) -> QTensor:
+    """`q` in MXFP4 as NVFP4 whose tensor scale is 2^(top - 8), in slices of rows."""
     n, k = q.shape
     rows = max(ROWS // k, 1)
     whole = np.float32(np.ldexp(BOUND, top - TOP))
@@ -131,4 +132,5 @@ def _cast_rows(q: QTensor, whole: jax.Array, top: jax.Array, *, fmt: Format) -> 
     blocks = jnp.abs(w).reshape(*exponents.shape, -1)
     near = exponents >= top - TOP + LEAST
     amax = jnp.where(near, ideal, jnp.max(blocks, axis=-1))
+    amax = jnp.maximum(amax, whole * jnp.float32(NOTHING))
     return stored(Linear(w)._replace(amax=jnp.repeat(amax, HALVES, axis=1), tensor_amax=whole), fmt)
