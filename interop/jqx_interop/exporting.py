@@ -91,6 +91,11 @@ def export(
 def _check(source: Source, row: Target, round_scales: bool) -> None:
     """Raises InputError for what the layout has no name or no place for."""
     where, choices = source.checkpoint.path, source.choices
+    if source.checkpoint.source is not None:
+        raise InputError(
+            f"{where} is {source.checkpoint.source}, which other layouts do not hold as it is: "
+            f"jqx quantize --target {row.name} quantizes it anew"
+        )
     if not choices:
         raise InputError(f"{where} is not quantized: jqx quantize --target {row.name} does that")
     shapes, held = source.shapes, source.checkpoint.tensors

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A quantized checkpoint as one of floats: weights are decoded one by one, when they are read."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from jqx_interop.checkpoints import (
 )
 from jqx_interop.inventory import FLOATS
 from jqx_interop.notes import exact_notes
-from jqx_interop.targets import layout_of
+from jqx_interop.targets import TARGETS, layout_of
 
 from .table import SourceLayout, find_source
 from .weight import Given, Shape, Weight, bad_scales
@@ -32,8 +32,12 @@ from .weight import Given, Shape, Weight, bad_scales
 SCALES = ("scale", "outer", "weight_scale", "weight_scale_2", "weight_global_scale", "scales")
 """Parts of weights that must be numbers."""
 
-ACTIVATIONS = ("input_scale", "activation_scale", "input_zero_point", "input_global_scale")
-CACHE = ("k_scale", "v_scale", "q_scale", "kv_scale", "k_bias", "v_bias", "output_scale")
+BESIDE = (
+    *("input_scale", "activation_scale", "input_zero_point", "input_global_scale"),
+    *("k_scale", "v_scale", "q_scale", "kv_scale", "k_bias", "v_bias", "output_scale"),
+)
+"""Leaves that are of activations or of the cache."""
+
 WAY_OUT = "The descriptions and the weights do not belong together."
 
 
@@ -103,7 +107,7 @@ class DecodedCheckpoint(Checkpoint):
 def as_floats(checkpoint: Checkpoint, *, run: bool = False) -> Checkpoint:
     """`checkpoint` itself if it is not quantized, else a view of it in which nothing is.
 
-    `run`: it is to be run, so that those in the layout of a target stay as they are. Headers and
+    `run`: it is to be run, so that what QTensors hold stays as it is. Headers and
     descriptions are checked, no weight is read. Raises one InputError for all that is wrong: a
     method that is not read, scales that are missing or have another shape.
     """
@@ -111,7 +115,7 @@ def as_floats(checkpoint: Checkpoint, *, run: bool = False) -> Checkpoint:
         return checkpoint
     try:
         found = _source_of(checkpoint)
-        if found is None or (run and found[0].target is not None):
+        if found is None or (run and found[0].runs(found[1])):
             return checkpoint
         return _decoded(checkpoint, *found)
     except InputError as error:
@@ -154,8 +158,9 @@ def _unread(name: str) -> np.ndarray:
 
 
 def _method(said: Mapping[str, Any]) -> str:
-    method = said.get("quant_method")
-    return str(method) if method else "modelopt" if "quant_algo" in said else "unknown"
+    if method := said.get("quant_method") or ("modelopt" if "quant_algo" in said else None):
+        return str(method)
+    raise InputError("its quantization_config names no quant_method")
 
 
 def _source_of(checkpoint: Checkpoint) -> tuple[SourceLayout, Given] | None:
@@ -181,33 +186,50 @@ def _source_of(checkpoint: Checkpoint) -> tuple[SourceLayout, Given] | None:
 
 def _decoded(checkpoint: Checkpoint, row: SourceLayout, given: Given) -> DecodedCheckpoint:
     config = without_description(checkpoint.config)
-    plain = replace(checkpoint, config=config)
-    key = model_dtype(plain)
+    key = model_dtype(replace(checkpoint, config=config))
     dtype = DTYPES[key if key in FLOATS else "F32"]
     spec = _spec(config, checkpoint)
-    notes = exact_notes(checkpoint)
-    full = replace(given, dtype=dtype, spec=spec, notes=notes)
-    weights, problems = {}, []
-    for found in row.weights(full):
-        if isinstance(found, str):
-            problems.append(found)
-        else:
-            weights[found.name] = found
-    if not weights and not problems:
+    full = replace(given, dtype=dtype, spec=spec, notes=exact_notes(checkpoint))
+    found = list(row.weights(full))
+    weights = [weight for weight in found if isinstance(weight, Weight)]
+    problems = [problem for problem in found if isinstance(problem, str)]
+    dropped, biased = _dropped(checkpoint, row, spec)
+    problems += biased
+    if not found:
         problems.append(f"its description says {row.title(given)}, and no weight is quantized")
     if problems:
         refuse(checkpoint.path, problems, WAY_OUT)
     return DecodedCheckpoint(
         checkpoint.path,
         config,
-        _infos(checkpoint, weights.values(), dtype, spec),
+        _infos(checkpoint, weights, dtype, dropped),
         checkpoint.files,
         checkpoint.mapped,
         checkpoint.notes,
         source=row.title(given),
-        weights=weights,
+        weights={weight.name: weight for weight in weights},
         dtype=dtype,
     )
+
+
+def _dropped(
+    checkpoint: Checkpoint, row: SourceLayout, spec: ModelSpec | None
+) -> tuple[set[str], list[str]]:
+    """Tensors that add nothing to a plain model: of activations, of the cache, and biases of zeros
+    that it has not; and what is wrong with those.
+    """
+    known: Mapping[str, Shape] = param_shapes(spec) if spec is not None else {}
+    names = checkpoint.tensors
+    dropped = {n for n in names if n.rpartition(".")[2] in BESIDE and n not in known}
+    if row.target is None or spec is None:
+        return dropped, []
+    zeros = TARGETS[row.target].nothing(names, known)
+    problems = [
+        f"{name} is not zero, and the model has no such bias"
+        for name in sorted(zeros)
+        if np.any(checkpoint.read(name).astype(np.float32) != 0)
+    ]
+    return dropped | zeros, problems
 
 
 def _spec(config: Mapping[str, Any], checkpoint: Checkpoint) -> ModelSpec | None:
@@ -218,25 +240,18 @@ def _spec(config: Mapping[str, Any], checkpoint: Checkpoint) -> ModelSpec | None
 
 
 def _infos(
-    checkpoint: Checkpoint, weights: Iterable[Weight], dtype: np.dtype, spec: ModelSpec | None
+    checkpoint: Checkpoint, weights: Iterable[Weight], dtype: np.dtype, dropped: Collection[str]
 ) -> dict[str, TensorInfo]:
-    """Headers of the plain tensors, each in the place of its codes; what belongs to activations and
-    to the cache is left out.
-    """
-    known: Mapping[str, Shape] = param_shapes(spec) if spec is not None else {}
+    """Headers of the plain tensors, each in the place of its codes."""
     first = {next(iter(weight.parts.values())): weight for weight in weights}
     taken = {part for weight in first.values() for part in weight.parts.values()}
     infos = {}
     for name, info in checkpoint.tensors.items():
         if (weight := first.get(name)) is not None:
             infos[weight.name] = _info(info, weight, dtype)
-        elif name not in taken and not _beside(name, known):
+        elif name not in taken and name not in dropped:
             infos[name] = info
     return infos
-
-
-def _beside(name: str, known: Mapping[str, Shape]) -> bool:
-    return name.rpartition(".")[2] in (*ACTIVATIONS, *CACHE) and name not in known
 
 
 def _info(info: TensorInfo, weight: Weight, dtype: np.dtype) -> TensorInfo:

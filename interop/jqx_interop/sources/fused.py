@@ -13,6 +13,8 @@ from jqx.tensors import QTensor
 from .weight import Arrays, Found, Given, Weight, decoded
 
 SCALE, OUTER = "_weight_scale", "_weight_scale_2"
+FUSED = ("gate_up_proj_weight_scale", "down_proj_weight_scale")
+"""Endings of names by which such experts are known."""
 
 
 def fused_weights(given: Given) -> Found:

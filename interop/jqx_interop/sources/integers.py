@@ -17,7 +17,7 @@ from jqx.errors import InputError
 from jqx.tensors import QTensor
 from jqx_interop.targets import INDEX, TARGETS, Target, int4_config, int4_layout
 
-from .weight import Arrays, Found, Given, Shape, Weight
+from .weight import Arrays, Found, Given, Shape, Weight, bad_index
 
 GPTQ_BITS = (2, 3, 4, 8)
 WORD = 32
@@ -80,6 +80,11 @@ def _weights(
             continue
         shape = matrix(shapes["qweight"])
         problems = list(_problems(path, shapes, shape, bits))
+        if (given.said or given.file).get("desc_act") and INDEX not in parts:
+            problems.append(f"its columns are in another order (desc_act), and {path} has no g_idx")
+        if INDEX in parts and not problems:
+            index = bad_index(given, parts[INDEX], shapes["scales"][0])
+            problems += [index] if index else []
         yield from problems
         if not problems:
             yield _weight(given, target, path, (parts, shape, bits), read)
@@ -119,8 +124,6 @@ def _weight(
     def floats(arrays: Arrays, dtype: np.dtype) -> np.ndarray:
         codes, zeros = read(arrays)
         index = arrays[INDEX] if INDEX in arrays else np.arange(k) // size
-        if np.any((index < 0) | (index >= blocks)):
-            raise InputError(f"{path}.{INDEX} names blocks beyond the {blocks} there are")
         whole = codes.astype(np.int16) - zeros[:n].astype(np.int16)[:, index]
         scale = arrays["scales"].astype(np.float32).T
         return (whole * scale[:, index]).astype(dtype)

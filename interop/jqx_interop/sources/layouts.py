@@ -23,7 +23,7 @@ from jqx_interop.stored_checks import differs, linear_tensors
 from jqx_interop.targets import METHOD, TARGETS, ZERO_POINT, Said, Target, zeros_of
 
 from .fused import fused_weights
-from .weight import Arrays, Found, Given, Shape, Weight, decoded
+from .weight import Arrays, Found, Given, Shape, Weight, bad_index, decoded
 
 UNPACKED = ("weight", "weight_packed")
 ORDER = "weight_g_idx"
@@ -111,6 +111,11 @@ def _problems(
     expected = linear_tensors(have, path, choice, (shape, given.dtype), target)
     for tensor in laid_outputs(given.spec, path, expected):
         yield from differs(have.get(tensor.name), tensor)
+    if (order := f"{path}.{ORDER}") in have:
+        blocks = have[f"{path}.{target.scale}"].shape[-1]
+        problem = "" if have[order].shape == (shape[1],) else f"tensor {order} is not [{shape[1]}]"
+        if problem := problem or bad_index(given, order, blocks):
+            yield problem
 
 
 def _weight(given: Given, target: Target, path: str, choice: Choice, shape: Shape) -> Weight:
@@ -147,8 +152,6 @@ def _integers(q: QTensor, arrays: Arrays) -> np.ndarray:
     codes = decoded(q.replace(scale=np.ones_like(q.scale), low_rank=None), np.dtype(np.float32))
     scale = np.asarray(q.scale, np.float32)
     index = arrays.get(ORDER, np.arange(k) // (k // scale.shape[1]))
-    if np.any((index < 0) | (index >= scale.shape[1])):
-        raise InputError(f"{ORDER} names blocks beyond the {scale.shape[1]} there are")
     bits = q.format.element.bits
     zeros = zeros_of(arrays, bits, n) if ZERO_POINT in arrays else np.zeros_like(scale)
     return (codes - zeros.astype(np.float32)[:, index]) * scale[:, index]

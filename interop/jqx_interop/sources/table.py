@@ -11,8 +11,9 @@ from jqx.errors import InputError, nearest
 from jqx_interop.targets import METHOD
 
 from .fp8 import block_size, fp8_weights
+from .fused import FUSED
 from .integers import awq_weights, gptq_weights
-from .layouts import compressed_weights, modelopt_weights
+from .layouts import ORDER, compressed_weights, modelopt_weights
 from .mxfp4 import mxfp4_weights
 from .weight import Found, Given
 
@@ -22,8 +23,8 @@ class SourceLayout:
     """`name`; `methods`: what quant_method says; `marks`: endings of names by which it is known
     where nothing is said; `tensors` and `means`: what lies on disk and what it decodes to, for
     people; `weights`: all weights and what is wrong; `title`: what a checkpoint of it is called;
-    `target`: the row of TARGETS by which it is run as it is, None where it is decoded for that too;
-    `meant`: what else must hold.
+    `target`: the row of TARGETS whose layout it is; `runs`: whether it is run as it is stored, and
+    not decoded for that too; `meant`: what else must hold.
     """
 
     name: str
@@ -34,6 +35,7 @@ class SourceLayout:
     title: Callable[[Given], str]
     marks: tuple[str, ...] = ()
     target: str | None = None
+    runs: Callable[[Given], bool] = lambda given: False
     meant: Callable[[Given], bool] = lambda given: True
 
 
@@ -53,6 +55,11 @@ def _modelopt(given: Given) -> str:
     inner: list[dict[str, Any]] = [s.get("quantization", s) for s in said]
     names = (s.get("quant_algo") for s in inner if isinstance(s, dict))
     return f"ModelOpt {next((name for name in names if name), 'quantized')}"
+
+
+def _in_order(given: Given) -> bool:
+    said = given.said or given.file
+    return said.get("bits") == 4 and not said.get("desc_act")
 
 
 def _integers(given: Given, name: str) -> str:
@@ -98,6 +105,7 @@ SOURCES = {
             weights=modelopt_weights,
             title=_modelopt,
             target="modelopt",
+            runs=lambda given: not given.has(*FUSED),
         ),
         SourceLayout(
             name=METHOD,
@@ -108,6 +116,7 @@ SOURCES = {
             weights=compressed_weights,
             title=lambda given: f"compressed-tensors {given.said.get('format', '')}".strip(),
             target=METHOD,
+            runs=lambda given: not given.has(ORDER),
         ),
         SourceLayout(
             name="awq",
@@ -117,6 +126,7 @@ SOURCES = {
             weights=awq_weights,
             title=lambda given: _integers(given, "AWQ"),
             target="awq",
+            runs=lambda given: True,
         ),
         SourceLayout(
             name="gptq",
@@ -127,6 +137,7 @@ SOURCES = {
             weights=gptq_weights,
             title=lambda given: _integers(given, "GPTQ"),
             target="gptq",
+            runs=_in_order,
         ),
     )
 }

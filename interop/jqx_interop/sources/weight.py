@@ -88,3 +88,11 @@ def bad_scales(name: str, array: np.ndarray) -> str | None:
     if not np.any(wrong):
         return None
     return f"{int(np.sum(wrong))} of {array.size} scales in {name} are NaN or infinite"
+
+
+def bad_index(given: Given, name: str, blocks: int) -> str | None:
+    """Why the index of columns cannot be right. Reads it."""
+    found = given.read(name)
+    if found.dtype.kind == "i" and not np.any((found < 0) | (found >= blocks)):
+        return None
+    return f"tensor {name} names blocks that are none of the {blocks} there are"
