@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import jqx
 import jqx_interop as ji
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
-from jqx_interop.checkpoints import open_checkpoint
+from jqx_interop.checkpoints import MappedTensors, open_checkpoint
 from jqx_interop.job import prepare
 from jqx_interop.outlines import open_outline
 from jqx_interop.settings import Settings
 from jqx_interop.sources import SOURCES, DecodedCheckpoint, as_floats
 from jqx_interop.sources import weight as decoding
 from jqx_interop.targets import TARGETS
+from jqx_interop.weights import linear_groups, stored_group
 
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 STORED = {
@@ -424,3 +426,72 @@ def test_only_scales_are_read_before_the_work(root: Path, monkeypatch):
     monkeypatch.setattr(decoding, "_decode", refuse)
     prepare(root / "fp8", "mxfp8", Settings())
     prepare(root / "mxfp4", "mxfp8", Settings())
+
+
+# --- memory
+
+
+def test_one_weight_is_decoded_at_a_time(root: Path, monkeypatch):
+    """Linears that share a scale are read twice, and never held together."""
+    job = prepare(root / "fp8", "w4a16_nvfp4", Settings())
+    plain, alive, most = DecodedCheckpoint._floats, weakref.WeakSet(), []
+
+    def floats(self, weight, arrays):
+        found = np.array(plain(self, weight, arrays)).view(Watched)
+        alive.add(found)
+        most.append(len(alive))
+        return found
+
+    monkeypatch.setattr(DecodedCheckpoint, "_floats", floats)
+    for group in linear_groups(job, job.inventory.tensors):
+        for _ in stored_group(job, group):
+            pass
+    assert len(most) == 2 * (2 * 5 + 2)  # q, k, v, gate and up twice
+    assert max(most) == 1
+
+
+class Watched(np.ndarray):
+    """An array that may be referred to weakly, and hashed."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def test_pages_of_all_parts_are_let_go(root: Path, monkeypatch):
+    released = []
+    monkeypatch.setattr(MappedTensors, "release", lambda self, name: released.append(name))
+    source = as_floats(open_checkpoint(root / "fp8"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    source.release(name)
+    source.release("model.norm.weight")
+    assert released == [name, f"{name}_scale_inv", "model.norm.weight"]
+
+
+# --- integers that QTensors do not hold
+
+
+@pytest.mark.parametrize(("bits", "ordered"), [(8, True), (4, False)], ids=["8 bits", "desc_act"])
+def test_gptq_that_is_decoded_to_be_run(root: Path, tmp_path: Path, bits: int, ordered: bool):
+    tensors = floats(root / "model")
+    index = np.random.default_rng(0).permutation(np.arange(64, dtype=np.int32) // 32)
+    path = "model.layers.0.self_attn.q_proj"
+    rng = np.random.default_rng(1)
+    codes, zeros = (rng.integers(1, 1 << bits, s).astype(np.uint8) for s in ((64, 64), (64, 2)))
+    scale = (rng.random((64, 2)) * 0.01).astype(np.float16)
+    del tensors[f"{path}.weight"]
+    tensors |= {
+        f"{path}.qweight": foreign.stream(codes, bits).T.copy(),
+        f"{path}.qzeros": foreign.stream((zeros - 1).T, bits),
+        f"{path}.scales": scale.T.copy(),
+        f"{path}.g_idx": np.arange(64, dtype=np.int32) // 32 if ordered else index,
+    }
+    said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": not ordered}
+    config = {**small_model.CONFIG, "quantization_config": said}
+    foreign.put(tmp_path / "model", config, tensors)
+    index = tensors[f"{path}.g_idx"]
+    wanted = foreign.integers(codes, zeros, scale, index).astype(BF16)
+    params = flatten(ji.load(tmp_path / "model").params)
+    np.testing.assert_array_equal(params[f"{path}.weight"], wanted)
+    saying = (f"is GPTQ INT{bits}", "jqx quantize --target compressed-tensors")
+    given = ("export", tmp_path / "model", tmp_path / "out", "--target", "compressed-tensors")
+    command.refused(*given, saying=saying)
