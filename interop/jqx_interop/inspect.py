@@ -10,6 +10,7 @@ from jqx.errors import InputError
 
 from .checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from .families import spec_from_config
+from .sources import as_floats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +62,7 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
     if quantization:
         facts["quantized"] = quantization["quant_algo"]
         facts["KV cache"] = quantization["kv_cache"]
+    facts["as a source"] = _as_source(checkpoint)
     return Inspection(
         path=str(checkpoint.path),
         facts=facts,
@@ -76,6 +78,15 @@ def _support(checkpoint: Checkpoint) -> str:
     except InputError as error:
         return f"formats without calibration only: {error}"
     return "every format"
+
+
+def _as_source(checkpoint: Checkpoint) -> str | None:
+    """What a quantized checkpoint is to those that read it as a source."""
+    try:
+        found = as_floats(checkpoint)
+    except InputError as error:
+        return f"not read: {error}"
+    return None if found.source is None else f"{found.source}, decoded"
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:

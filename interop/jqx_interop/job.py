@@ -40,9 +40,11 @@ from .choices import (
 from .experts import linears_of_experts
 from .folding import Folds, fold_all, plan_folds
 from .inventory import FLOATS, KEPT, Inventory, Module, take_inventory
+from .keeping import kept_linears, kept_outputs
 from .orientation import laid, laid_outputs
 from .outlines import open_outline
 from .settings import Settings
+from .sources import DecodedCheckpoint, as_floats
 from .targets import (
     TARGETS,
     Target,
@@ -78,11 +80,18 @@ class Job:
     """Kinds of statistics by linear where they are collected for several recipes; None: those of
     this one.
     """
+    kept: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
+    """Linears of a quantized source that stay as they are there."""
 
     @cached_property
     def modules(self) -> dict[str, Module]:
         """Module path -> module."""
         return {module.path: module for module in self.inventory.modules}
+
+    @cached_property
+    def described(self) -> dict[str, Choice]:
+        """All linears that are quantized in the destination, in module order."""
+        return {p: c for p in self.modules if (c := self.choices.get(p) or self.kept.get(p))}
 
     @property
     def outlined(self) -> bool:
@@ -186,6 +195,8 @@ class Job:
 
     def linear_outputs(self, path: str) -> list[TensorOut]:
         """The tensors of one quantized linear."""
+        if path in self.kept:
+            return kept_outputs(self.checkpoint, path, self.target, (self.spec, self.dtype))
         module, choice = self.modules[path], self.choices[path]
         has_input_scale = input_bound(self.config, choice) is not None
         like = (choice, module.shape, self.dtype, has_input_scale)
@@ -205,7 +216,7 @@ class Job:
     def unquantized(self) -> tuple[str, ...]:
         """Every module that could have been quantized and is not."""
         paths = (*(m.path for m in self.inventory.modules), *self.inventory.absent)
-        return tuple(path for path in paths if path not in self.choices)
+        return tuple(path for path in paths if path not in self.described)
 
 
 def prepare(
@@ -238,6 +249,8 @@ def prepare(
             f"{', '.join(searched)} chooses more than the largest magnitudes: leave --low-memory "
             "out, or take --algorithm max"
         )
+    if isinstance(job.checkpoint, DecodedCheckpoint) and not planned:
+        job.checkpoint.check_numbers()
     return dataclasses.replace(job, outputs=tuple(_outputs(job)))
 
 
@@ -248,7 +261,7 @@ def decide(
     so formats need no name in a layout, and the model must be one that can be run.
     """
     settings.check()
-    refuse_quantized(checkpoint)
+    checkpoint = as_floats(checkpoint)
     row = find_recipe(recipe) if isinstance(recipe, str) else recipe
     if settings.target not in TARGETS:
         raise nearest(settings.target, TARGETS, "target")
@@ -275,6 +288,7 @@ def decide(
     written = None if in_memory else target
     choices = choices_for(config, inventory, row.name, written, fold=_folds(settings))
     _refuse_idle(settings, choices)
+    kept = kept_linears(checkpoint, inventory, choices, target) if settings.keep_source else {}
     return Job(
         checkpoint=checkpoint,
         spec=spec,
@@ -286,6 +300,7 @@ def decide(
         inventory=inventory,
         choices=choices,
         outputs=(),
+        kept=kept,
     )
 
 
@@ -318,27 +333,12 @@ def _refuse_unreached(job: Job) -> None:
             )
 
 
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise InputError if `checkpoint` is quantized already."""
-    found = checkpoint.config.get("quantization_config")
-    if not found and (checkpoint.path / "hf_quant_config.json").is_file():
-        found = {"quant_method": "modelopt"}
-    if not found and any(name.endswith(".qweight") for name in checkpoint.tensors):
-        found = {"quant_method": "gptq or awq"}
-    if found:
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-        raise InputError(
-            f"{checkpoint.path} is already quantized (quant_method {method!r}); "
-            "give the original checkpoint"
-        )
-
-
 def _outputs(job: Job) -> Iterable[TensorOut]:
     """Every tensor of the destination in the order of a torch state_dict."""
     after = _companions(job)
     for name in job.inventory.tensors:
         path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and path in job.choices:
+        if leaf == "weight" and path in job.described:
             yield job.linear_outputs(path)[0]
         else:
             info = job.checkpoint.tensors[name]
@@ -351,7 +351,7 @@ def _companions(job: Job) -> dict[str, list[TensorOut]]:
     """Tensor name -> scales that follow it: those of a linear after its last parameter, KV scales
     last of all.
     """
-    groups = {path: job.linear_outputs(path)[1:] for path in job.choices}
+    groups = {path: job.linear_outputs(path)[1:] for path in job.described}
     for attention in job.attentions if job.needs_kv else ():
         groups[attention.path] = job.kv_outputs(attention)
     return companions(job.inventory.tensors, groups)

@@ -27,6 +27,7 @@ from .checkpoints.checks import MODEL_DTYPES
 from .checkpoints.layout import nbytes
 from .families import FAMILIES, spec_from_config
 from .inventory import KEPT
+from .sources import title_of, without_description
 
 PLAIN = ("gate_proj", "up_proj", "down_proj")
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -164,7 +165,7 @@ def open_outline(model: str | Path) -> Checkpoint:
     """
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
-    if any(file.parent.glob("*.safetensors*")) or not file.is_file() or file.suffix != ".json":
+    if any(file.parent.glob("*.safetensors")) or not file.is_file() or file.suffix != ".json":
         return open_checkpoint(model)
     config = read_beside(file.parent, file.name) or {}
     try:
@@ -174,7 +175,7 @@ def open_outline(model: str | Path) -> Checkpoint:
 
 
 def _outlined(file: Path, config: dict[str, Any]) -> Checkpoint:
-    plain = {k: v for k, v in config.items() if k != "quantization_config"}
+    plain = without_description(config)
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     plain["torch_dtype"] = name.removeprefix("torch.")
     dtype = MODEL_DTYPES.get(plain["torch_dtype"], "BF16")
@@ -183,7 +184,8 @@ def _outlined(file: Path, config: dict[str, Any]) -> Checkpoint:
         own = "F32" if tensor.endswith(KEPT) else dtype
         start, end = end, end + nbytes(own, shape)
         tensors[tensor] = TensorInfo(tensor, own, shape, file, start, end)
-    return Checkpoint(file.parent, plain, tensors, (), MappedTensors(()))
+    source = title_of(config)
+    return Checkpoint(file.parent, plain, tensors, (), MappedTensors(()), source=source)
 
 
 def _shapes(config: dict[str, Any]) -> Shapes:

@@ -186,6 +186,7 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         "low_memory": job.settings.low_memory,
         "fold": job.fold,
         "unify_fp8": job.settings.unify_fp8,
+        "keep_source": job.settings.keep_source,
     }
 
 

@@ -38,6 +38,7 @@ STARTUP = 3.0  # seconds to load JAX and compile
 SEARCH_COMPILER = 150 << 20  # bytes that compiling searches takes more
 SEARCHED_COPIES = 8  # of the largest weight, in float32
 SEARCH_STARTUP = 6.0  # seconds to compile searches
+DECODERS = 4  # weights of a source that are decoded side by side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +113,7 @@ def make_plan(job: Job, tokens: int = 0, out: Path | None = None) -> Plan:
         peak_memory_bytes=memory,
         spilled_bytes=spilled,
         seconds=round(_seconds(job, tokens), 1),
-        engines=engines_for(job.choices, job.settings.target, job.kv),
+        engines=engines_for(job.described, job.settings.target, job.kv),
         notes=tuple(_notes(job)),
     )
 
@@ -153,6 +154,8 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
     """Peak memory, and bytes of hidden states that go to disk."""
     largest = max(math.prod(job.modules[path].shape) for path in job.choices)
     encoding = 2 * min(largest, CHUNK) * (4 + 4 + 2) + largest
+    if job.checkpoint.source is not None:  # decoded ones are in memory, those of files are not
+        encoding += DECODERS * largest * job.dtype.itemsize
     if not tokens or job.spec is None:
         return PROCESS + encoding, 0
     carrier = np.dtype(compute_of(job.settings.compute, job.dtype).carrier).itemsize

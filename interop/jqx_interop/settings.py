@@ -30,7 +30,8 @@ class Settings:
     `low_memory`: blocks are run on weights that are compressed when they are read, which the
     algorithm "max" alone can do; `fold`: factors of inputs go into the weights before, so that no
     engine need apply them (None: where the layout has no place for them); `unify_fp8`: linears that
-    read one input share their FP8 scale, as engines that fuse them compute.
+    read one input share their FP8 scale, as engines that fuse them compute; `keep_source`: linears
+    that are quantized in the source, and that the recipe leaves alone, stay as they are there.
     """
 
     kv_cache: str | None = None
@@ -51,6 +52,7 @@ class Settings:
     low_memory: bool = False
     fold: bool | None = None
     unify_fp8: bool = False
+    keep_source: bool = False
 
     def check(self) -> None:
         """Raise InputError for numbers, sizes and names that none of these can be."""

@@ -7,7 +7,7 @@ they are stored.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,11 @@ from .checkpoints import (
     refuse,
 )
 from .inventory import FLOATS
+from .notes import SCALARS, exact_notes
 from .orientation import matrix, straight, turned
+from .sources import as_floats
 from .stored_checks import KvTensor, bad_numbers, kv_tensors, stored_problems
-from .targets import RECIPROCALS, TARGETS, Said, Target, layout_of
-
-NOTE = "jqx:"
-"""What the names of notes begin with."""
-
-SCALARS = (*RECIPROCALS, *RECIPROCALS.values())
-"""Scales of a whole tensor, of all layouts, that a note may keep."""
+from .targets import TARGETS, Said, Target, layout_of
 
 ALIGNMENT = 64  # bytes; XLA's CPU backend shares host memory at multiples of it
 
@@ -84,7 +80,7 @@ def open_model(model: str | Path) -> Source:
     Raises InputError for what cannot be read: see `open_checkpoint`; unknown families; quantization
     of another method or algorithm; tensors that are missing, of another shape or dtype, or unknown.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = as_floats(open_checkpoint(model), run=True)
     try:
         plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         spec = spec_for(plain, checkpoint.tensors)
@@ -154,7 +150,7 @@ def _read(
     target, optional = TARGETS[layout], optional_tensors(spec)
     stored = {name: info.shape for name, info in checkpoint.tensors.items()}
     said = Said(inline=inline, file=file, linears=linear_shapes(spec), stored=stored)
-    meant = target.read(said)
+    meant = target.read(said) if checkpoint.source is None else None
     dtype = DTYPES[_float_dtype(checkpoint)]
     if meant is None:
         check_tensors(checkpoint, param_shapes(spec), optional)
@@ -195,20 +191,6 @@ def stored_arrays(
         found["weight"] = straight(source.spec, path, found["weight"])
     noted = {leaf: exact[f"{path}.{leaf}"] for leaf in SCALARS if f"{path}.{leaf}" in exact}
     return {**found, **noted}
-
-
-@lru_cache(maxsize=4)
-def exact_notes(checkpoint: Checkpoint) -> Mapping[str, np.ndarray]:
-    """Scales that a note keeps: name in the layout where a number lies as it is -> float32 []."""
-    found = {}
-    for name, text in checkpoint.notes.items():
-        if name.startswith(NOTE):
-            try:
-                value = np.float32(float.fromhex(text))
-            except (ValueError, OverflowError):
-                raise InputError(f"its note {name} is {text[:40]!r}, not a number") from None
-            found[name.removeprefix(NOTE)] = np.asarray(value)
-    return found
 
 
 def _problems(path: str, arrays: Mapping[str, np.ndarray]) -> list[str]:

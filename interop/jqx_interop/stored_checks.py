@@ -65,14 +65,14 @@ def stored_problems(
                 problems.append(f"{path}: {error}")
                 told.add(path)
             else:
-                linear = _linear(have, path, choice, (linears[path], dtype), target)
+                linear = linear_tensors(have, path, choice, (linears[path], dtype), target)
                 expected |= {t.name: t for t in laid_outputs(spec, path, linear)}
         else:
             expected[name] = TensorOut(name, "", shape)
     cached = (_any_float(kv.stored(target), target) for kv in kv_tensors(spec, dtype))
     expected |= {t.name: t for t in cached}
     for tensor in expected.values():
-        problems += _differs(have.get(tensor.name), tensor)
+        problems += differs(have.get(tensor.name), tensor)
     for name in have:
         known = name in expected or any(fnmatchcase(name, glob) for glob in optional)
         if not known and module_and_leaf(name)[0] not in told:
@@ -160,7 +160,7 @@ def _apart(
     return None
 
 
-def _linear(
+def linear_tensors(
     have: Mapping[str, TensorInfo],
     path: str,
     choice: Choice,
@@ -199,7 +199,8 @@ def _rank(have: Mapping[str, TensorInfo], path: str) -> int | None:
     return (ranks or [1])[0] if shapes else None
 
 
-def _differs(found: TensorInfo | None, wanted: TensorOut) -> Iterator[str]:
+def differs(found: TensorInfo | None, wanted: TensorOut) -> Iterator[str]:
+    """Why a tensor is not the one that is wanted."""
     if found is None:
         yield f"tensor {wanted.name} is missing"
         return

@@ -20,6 +20,7 @@ from .checkpoints import DTYPES, ShardWriter
 from .job import Job
 from .runner import BlockStats
 from .searched import Facts, Search
+from .sources import DecodedCheckpoint
 from .weights import Groups, checked_amax, encode_group, linear_groups, read_tensor
 
 Record = Callable[[dict[str, Any]], None]
@@ -113,11 +114,22 @@ class Finisher:
         self._done(search.changes())
 
     def _copy(self, name: str, stats: BlockStats) -> None:
+        if (path := name.removesuffix(".weight")) in self._job.kept:
+            self._keep(path)
+            return
         array = read_tensor(self._job, name)
         if array.dtype in (DTYPES["BF16"], DTYPES["F16"], DTYPES["F32"]):
             checked_amax(array, name)
         self._writer.write(name, array)
         self._job.checkpoint.release(name)
+        self._done((name,))
+
+    def _keep(self, path: str) -> None:
+        """Write a linear as it lies in a quantized source."""
+        job, name = self._job, f"{path}.weight"
+        assert isinstance(job.checkpoint, DecodedCheckpoint)
+        self._write(job.named(path, job.checkpoint.stored(name)))
+        job.checkpoint.release(name)
         self._done((name,))
 
     def _done(self, names: Iterable[str]) -> None:

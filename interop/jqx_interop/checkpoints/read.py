@@ -37,6 +37,7 @@ class Checkpoint:
     files: tuple[Path, ...]  # the safetensors files
     mapped: MappedTensors
     notes: Mapping[str, str] = field(default_factory=dict)  # metadata of the files
+    source: str | None = None  # how its weights are stored, where they are decoded
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name` as a read-only view of its file, in its stored dtype.

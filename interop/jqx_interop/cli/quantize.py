@@ -140,6 +140,15 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
             rich_help_panel=HOW,
         ),
     ] = False,
+    keep_source: Annotated[
+        bool,
+        typer.Option(
+            "--keep-source",
+            help="Linears that are quantized in MODEL already, and that the recipe leaves alone, "
+            "stay as they are (default: decoded).",
+            rich_help_panel=HOW,
+        ),
+    ] = False,
     restart: Restart = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would happen and what it costs; do nothing.")
@@ -184,6 +193,7 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         low_memory=low_memory,
         fold=fold,
         unify_fp8=unify_fp8,
+        keep_source=keep_source,
     )
     job = prepare(model, read_recipe(recipe) if recipe else qformat, settings, planned=plan)
     inputs = Inputs() if job.outlined else load_inputs(job)
@@ -263,6 +273,8 @@ def _show_report(report: "Report", verdicts: "tuple[Verdict, ...]", as_json: boo
         f"{report.bits:.2f} bits a parameter, in {duration(report.seconds)}",
         markup=False,
     )
+    if report.carried is not None:
+        out.print(report.carried, markup=False)
     if report.report is not None:
         weights = "; no inputs could be had, so its errors are those of weights alone"
         of = weights if report.errors_of == "weights" else ""
