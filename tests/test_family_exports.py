@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from command import jqx as run
 from golden import make_families
-from tiny_families import DENSE, ONE_EACH
+from tiny_families import DENSE, MIXTURES, ONE_EACH
 
 import jqx
 import jqx_interop as ji
@@ -45,7 +45,7 @@ FORMATS = {
     "int4_awq-folded": Row("int4_awq --set block=32 --target awq", ("vllm",), 0.6),
 }
 assert set(PROVED) <= set(FORMATS)
-FAMILIES = DENSE
+FAMILIES = [*DENSE, *MIXTURES]
 ALL = list(itertools.product(FAMILIES, FORMATS))
 TURNS = [pair for i, pair in enumerate(ALL) if i % len(FORMATS) == i // len(FORMATS) % len(FORMATS)]
 """A format for every family, in turns: the rest takes minutes."""

@@ -44,7 +44,7 @@ from .keeping import kept_linears, kept_outputs
 from .orientation import laid, laid_outputs
 from .outlines import open_outline
 from .settings import Settings
-from .sources import DecodedCheckpoint, as_floats
+from .sources import as_floats
 from .targets import (
     TARGETS,
     Target,
@@ -53,6 +53,7 @@ from .targets import (
     input_factor,
     low_rank_factors,
 )
+from .unfused import unfused
 
 _NO_KV = "no keys and values: use --kv-cache none"
 
@@ -249,7 +250,7 @@ def prepare(
             f"{', '.join(searched)} chooses more than the largest magnitudes: leave --low-memory "
             "out, or take --algorithm max"
         )
-    if isinstance(job.checkpoint, DecodedCheckpoint) and not planned:
+    if not planned:
         job.checkpoint.check_numbers()
     return dataclasses.replace(job, outputs=tuple(_outputs(job)))
 
@@ -275,6 +276,8 @@ def decide(
     if spec is not None:
         check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
         spec = own_head(checkpoint, spec)
+        if not in_memory:
+            checkpoint, spec = unfused(checkpoint, spec)
     inventory = take_inventory(checkpoint, spec)
     if (dtype_key := model_dtype(checkpoint)) not in FLOATS:
         raise InputError(

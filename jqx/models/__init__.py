@@ -4,6 +4,9 @@
 The Flax module of a decoder is in `jqx.models.linen`; only that file imports Flax, which is slow.
 """
 
+from .apart import apart as apart
+from .apart import is_fused as is_fused
+from .apart import pieces as pieces
 from .compute import BF16 as BF16
 from .compute import COMPUTES as COMPUTES
 from .compute import FLOAT32 as FLOAT32

@@ -290,6 +290,7 @@ class Names:
     expert_up: str = "mlp.experts.{}.up_proj.weight"
     expert_gate_up: str = "mlp.experts.gate_up_proj"
     expert_down: str = "mlp.experts.{}.down_proj.weight"
+    experts: str = "mlp.experts"  # what names of experts begin with that fused ones get apart
     shared_gate: str = "mlp.shared_expert.gate_proj"
     shared_up: str = "mlp.shared_expert.up_proj"
     shared_down: str = "mlp.shared_expert.down_proj"
@@ -301,7 +302,7 @@ class Names:
     buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # globs: tensors that are no parameters
     carried: tuple[str, ...] = ()  # globs: tensors of other models, which stay as they are
 
-    def replaced(self, **names: str) -> "Names":
+    def replaced(self, **names: str | tuple[str, ...]) -> "Names":
         """The same with other names."""
         return replace(self, **names)
 

@@ -90,6 +90,7 @@ MLP_INPUTS: dict[str, tuple[tuple[str, int], ...]] = {
     "fused_gated": (("gate_up", 2),),
     "plain": (("up", 1),),
     "gegelu": (("gate_up", 2),),
+    "gegelu_apart": (("gate", 1), ("up", 1)),
 }
 """Mlp.form -> the linears that read its input, as fields of Names, and their rows to a channel."""
 

@@ -46,6 +46,13 @@ class Checkpoint:
         """
         return self.mapped.read(name)
 
+    def check_numbers(self) -> None:
+        """Raise InputError for numbers that weights cannot be decoded with: here none are."""
+
+    def read_member(self, name: str, index: int) -> np.ndarray:
+        """One of what the tensor `name` holds along its first axis."""
+        return self.read(name)[index]
+
     def release(self, name: str) -> None:
         """Drop the resident pages of `name`; views of it stay valid."""
         self.mapped.release(name)

@@ -83,6 +83,7 @@ DBRX = Family(
         kept_k="norm_attn_norm.attn.k",
         kept_v="norm_attn_norm.attn.v",
         router="ffn.router.layer",
+        experts="ffn.experts",
         expert_gate="ffn.experts.mlp.w1",
         expert_up="ffn.experts.mlp.v1",
         expert_down="ffn.experts.mlp.w2",

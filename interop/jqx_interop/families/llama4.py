@@ -61,6 +61,7 @@ LLAMA4_TEXT = Family(
         up="feed_forward.up_proj",
         down="feed_forward.down_proj",
         router="feed_forward.router",
+        experts="feed_forward.experts",
         expert_gate_up="feed_forward.experts.gate_up_proj",
         expert_down="feed_forward.experts.down_proj",
         shared_gate="feed_forward.shared_expert.gate_proj",

@@ -109,6 +109,7 @@ GRANITE_MOE = replace(
     title="Granite 3 1B-A400M, 3B-A800M",
     names=Names(
         router="block_sparse_moe.router.layer",
+        experts="block_sparse_moe.experts",
         expert_gate_up="block_sparse_moe.input_linear.weight",
         expert_down="block_sparse_moe.output_linear.weight",
     ),
