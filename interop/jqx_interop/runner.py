@@ -24,11 +24,13 @@ from jqx.models import (
     Compute,
     ModelSpec,
     block,
+    block_leaf_shapes,
     block_prefix,
     embed_tensors,
     kinds,
 )
 from jqx.tensors.paths import unflatten
+from jqx.tensors.stacks import stacked
 from jqx.transforms import Use, observe
 
 from .chain import embed_rows, side_by_side
@@ -164,7 +166,8 @@ def load_block(job: Job, i: int, compute: Compute) -> dict[str, Any]:
     for name in names:
         if name not in leaves:
             leaves[name] = read_leaf(job, name, compute)
-    return unflatten({name.removeprefix(prefix): leaf for name, leaf in leaves.items()})
+    own = {name.removeprefix(prefix): leaf for name, leaf in leaves.items()}
+    return unflatten(stacked(own, block_leaf_shapes(job.spec, kinds(job.spec)[i])))
 
 
 def read_leaf(job: Job, name: str, compute: Compute) -> jax.Array:
