@@ -9,11 +9,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from golden import make_families as golden
+from golden import make_mixtures
 from safetensors.numpy import save_file
 from tiny_families import CONFIGS
 
 from jqx.models import param_shapes
 from jqx_interop.families import spec_from_config
+from jqx_interop.inventory import KEPT
 
 WIDE = {
     "hidden_size": 64,
@@ -73,12 +75,16 @@ def _widened(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def _dtype(name: str) -> Any:
+    return np.float32 if name.endswith(KEPT) else ml_dtypes.bfloat16
+
+
 def write(folder: Path, case: str) -> Path:
     """The checkpoint of a case in `folder`, and "ids.npy" beside it."""
     folder.mkdir(parents=True)
     config = config_of(case)
     shapes = param_shapes(spec_from_config(config))
-    drawn = {n: golden.weight(n, shape).astype(ml_dtypes.bfloat16) for n, shape in shapes.items()}
+    drawn = {n: make_mixtures.weight(n, s).astype(_dtype(n)) for n, s in shapes.items()}
     save_file(drawn, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     ids = np.random.RandomState(1).randint(0, golden.VOCAB, BATCHES)

@@ -17,7 +17,7 @@ from .inventory import same_tensor
 def optional_tensors(spec: ModelSpec) -> tuple[str, ...]:
     """Globs of tensors a checkpoint may hold although they are no parameters."""
     head = (f"{spec.names.head}.weight",) if spec.tied else ()
-    return (*spec.names.buffers, *head)
+    return (*spec.names.buffers, *spec.names.carried, *head)
 
 
 def spec_for(config: Mapping[str, Any], tensors: Collection[str]) -> ModelSpec:

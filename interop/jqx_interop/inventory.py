@@ -10,6 +10,7 @@ embeddings, siblings go by name.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -74,7 +75,7 @@ class Inventory:
     `tensors`: names; `modules`: those that could be quantized; `siblings`: groups of linears with
     one input; `units`: the tensors that are finished together, a decoder block or what lies
     outside; `blocks`: the index in `units` of every decoder block; `absent`: modules that own no
-    tensor, such as a tied head.
+    tensor, such as a tied head; `carried`: tensors of other models, which stay as they are.
     """
 
     tensors: tuple[str, ...]
@@ -83,6 +84,7 @@ class Inventory:
     units: tuple[tuple[str, ...], ...]
     blocks: tuple[int, ...]
     absent: tuple[str, ...] = ()
+    carried: frozenset[str] = frozenset()
 
 
 def take_inventory(checkpoint: Checkpoint, spec: ModelSpec | None) -> Inventory:
@@ -90,18 +92,28 @@ def take_inventory(checkpoint: Checkpoint, spec: ModelSpec | None) -> Inventory:
     ranks.
     """
     names = _known_order(checkpoint, spec) if spec else _by_name(checkpoint)
+    carried = _carried(checkpoint, spec, names)
     units = _units(names)
     blocks = _place_blocks(spec, units) if spec else []
     modules = tuple(_modules(checkpoint, names, spec))
+    units += _units(carried)
     paths = [module.path for module in modules if module.kind == "linear"]
     return Inventory(
-        tensors=tuple(names),
+        tensors=(*names, *carried),
         modules=modules,
         siblings=_siblings(paths) if spec is None else _spec_siblings(spec, paths),
         units=tuple(units),
         blocks=tuple(blocks),
         absent=_absent_head(checkpoint, spec, names),
+        carried=frozenset(carried),
     )
+
+
+def _carried(checkpoint: Checkpoint, spec: ModelSpec | None, names: list[str]) -> list[str]:
+    """Tensors of other models in the same files, in natural order."""
+    globs, known = () if spec is None else spec.names.carried, set(names)
+    found = [n for n in checkpoint.tensors if any(fnmatchcase(n, glob) for glob in globs)]
+    return sorted((name for name in found if name not in known), key=natural_key)
 
 
 def _known_order(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:

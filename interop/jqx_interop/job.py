@@ -168,9 +168,9 @@ class Job:
 
     def cast(self, name: str) -> bool:
         """Whether a tensor becomes one in the dtype of the model; integers do not, nor what decides
-        between experts, which transformers keeps in float32.
+        between experts, which transformers keeps in float32, nor tensors of other models.
         """
-        if name.endswith(KEPT):
+        if name.endswith(KEPT) or name in self.inventory.carried:
             return False
         return self.checkpoint.tensors[name].dtype in FLOATS
 
@@ -216,7 +216,14 @@ class Job:
     @property
     def unquantized(self) -> tuple[str, ...]:
         """Every module that could have been quantized and is not."""
-        paths = (*(m.path for m in self.inventory.modules), *self.inventory.absent)
+        own = self.inventory
+        found = self.checkpoint.tensors
+        matrices = (
+            name.removesuffix(".weight")
+            for name in own.tensors
+            if name in own.carried and name.endswith(".weight") and len(found[name].shape) == 2
+        )
+        paths = (*(m.path for m in own.modules), *own.absent, *matrices)
         return tuple(path for path in paths if path not in self.described)
 
 

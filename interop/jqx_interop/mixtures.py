@@ -180,7 +180,7 @@ class MixtureRun:
         most = (
             {name: np.max([part[name] for part in maxima]) for name in maxima[0]} if maxima else {}
         )
-        stats = {name: results(so_far) for name, so_far in moments.items()}
+        stats: dict[str, InputStats] = {name: results(so_far) for name, so_far in moments.items()}
         for name, row in stats.items() if maxima else ():
             check_finite(self._members[e][name], row)
         return _One(sums, most, stats)

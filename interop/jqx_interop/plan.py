@@ -20,7 +20,7 @@ import numpy as np
 
 from jqx.algorithms.table import ALGORITHMS, applicable
 from jqx.formats import find_format
-from jqx.models import Attention, Mlp, ModelSpec, block_shapes
+from jqx.models import Attention, BlockKind, Experts, Mlp, ModelSpec, block_shapes
 from jqx.tensors.paths import owner_of
 
 from .chain import ROWS_PER_CALL
@@ -207,15 +207,24 @@ def block_parameters(spec: ModelSpec) -> int:
     """Weights of the largest block."""
 
     shapes = (block_shapes(spec, kind).values() for kind in set(spec.blocks))
-    return max(sum(math.prod(s) for s in block if len(s) == 2) for block in shapes)
+    return max(sum(math.prod(s) for s in block if len(s) > 1) for block in shapes)
 
 
 def working_width(spec: ModelSpec) -> int:
     """Numbers for each token that a block computes with at most."""
     attentions = [k.attention for k in spec.blocks if isinstance(k.attention, Attention)]
-    inner = max((k.mlp.inner for k in spec.blocks if isinstance(k.mlp, Mlp)), default=0)
+    inner = max((inner_width(kind) for kind in spec.blocks), default=0)
     heads = max((row.heads * row.head_dim for row in attentions), default=0)
     return 6 * spec.hidden + 3 * inner + 4 * heads
+
+
+def inner_width(kind: BlockKind) -> int:
+    """Inner channels for each token of an MLP, or of all the experts that it goes to."""
+    row = kind.mlp
+    if isinstance(row, Experts):
+        beside = (mlp.inner for mlp in (row.shared, row.residual) if mlp is not None)
+        return row.top_k * row.each.inner + sum(beside)
+    return row.inner if isinstance(row, Mlp) else 0
 
 
 def score_operations(spec: ModelSpec, tokens: int, length: int) -> int:

@@ -30,7 +30,7 @@ from .checkpoints import (
     told,
 )
 from .describe import describe
-from .inventory import OWN_POSITIONS, SCALED_EMBEDDINGS, projections
+from .inventory import KEPT, OWN_POSITIONS, SCALED_EMBEDDINGS, projections
 from .model import Model
 from .orientation import laid, laid_outputs
 from .saving_checks import Content, beside_codes, content_of
@@ -77,8 +77,17 @@ def _outputs(spec: ModelSpec, content: Content, target: str) -> Iterator[TensorO
         codes = laid_outputs(spec, path, row.outputs(path, *given))
         linears[path] = codes + beside_codes(path, q, content.dtype)
     cached, dtype = kv_tensors(spec, content.dtype), dtype_name(content.dtype)
+    kept = {
+        name: dtype_name(np.dtype(leaf.dtype))
+        for name, leaf in content.leaves.items()
+        if name.endswith(KEPT)
+    }
     return in_module_order(
-        shapes, linears, cached, row, lambda name: TensorOut(name, dtype, shapes[name])
+        shapes,
+        linears,
+        cached,
+        row,
+        lambda name: TensorOut(name, kept.get(name, dtype), shapes[name]),
     )
 
 

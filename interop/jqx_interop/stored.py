@@ -43,7 +43,7 @@ from .checkpoints import (
     read_beside,
     refuse,
 )
-from .inventory import FLOATS
+from .inventory import FLOATS, KEPT
 from .notes import SCALARS, exact_notes
 from .orientation import matrix, straight, turned
 from .sources import as_floats
@@ -73,6 +73,11 @@ class Source:
         """Name and shape of every parameter, in module order."""
         return param_shapes(self.spec)
 
+    @cached_property
+    def leaves(self) -> Mapping[str, tuple[int, ...]]:
+        """The same as parameters are in memory: tensors of each expert as stacks."""
+        return leaf_shapes(self.spec)
+
 
 def open_model(model: str | Path) -> Source:
     """Open the checkpoint `model`, a directory or Hub id, and check everything but the numbers.
@@ -98,9 +103,9 @@ def read_params(
 ) -> dict[str, Any]:
     """The nested tree of the parameters `names`, which are those of `param_shapes(source.spec)`.
 
-    The weight of a quantized linear is a QTensor, those of experts are stacks; what belongs to cached keys and values comes with
-    its projection. Plain tensors are in the model's dtype, plain matrices in `cast` if given. Pages
-    of the files are released as soon as they are copied.
+    The weight of a quantized linear is a QTensor, tensors of each expert are a stack; what belongs
+    to cached keys and values comes with its projection. Plain tensors are in the model's dtype,
+    plain matrices in `cast` if given. Pages of the files are released as soon as they are copied.
 
     Raises one InputError for all scales that are no scales: NaN, infinite, not positive.
     """
@@ -126,7 +131,7 @@ def read_params(
             leaves[tensor.name] = _checked(source, stored, problems)
     if problems:
         refuse(source.checkpoint.path, problems, "The checkpoint is damaged.")
-    return unflatten(stacked(leaves, leaf_shapes(source.spec)))
+    return unflatten(stacked(leaves, source.leaves))
 
 
 def read_block(source: Source, i: int, compute: Compute) -> dict[str, Any]:
@@ -211,7 +216,8 @@ def _strange_bias(source: Source, path: str) -> list[str]:
 
 def plain(source: Source, name: str, cast: DTypeLike | None = None) -> jax.Array:
     """A tensor that is not quantized, in the model's dtype; a matrix in `cast` if given."""
-    array = copied(source.checkpoint.read(name).astype(source.dtype, copy=False))
+    array = source.checkpoint.read(name)
+    array = copied(array if name.endswith(KEPT) else array.astype(source.dtype, copy=False))
     source.checkpoint.release(name)
     wide = cast is not None and array.ndim > 1
     return jax.block_until_ready(array.astype(cast)) if wide else array

@@ -13,7 +13,15 @@ import numpy as np
 from jqx.config import KV_FORMATS, Choice
 from jqx.errors import InputError
 from jqx.formats import check_divides, find_format
-from jqx.models import Attention, ModelSpec, block_prefix, kinds, linear_shapes, param_shapes
+from jqx.models import (
+    Attention,
+    ModelSpec,
+    Names,
+    block_prefix,
+    kinds,
+    linear_shapes,
+    param_shapes,
+)
 
 from .checkpoints import Checkpoint, TensorInfo, TensorOut, dtype_name
 from .inventory import FLOATS
@@ -113,11 +121,16 @@ def kv_tensors(spec: ModelSpec, dtype: np.dtype) -> Iterator[KvTensor]:
         prefix, names = block_prefix(spec, i), spec.names
         for name, letter in ((names.k, "k"), (names.v, "v")):
             path = f"{prefix}.{name}"
-            owner = path if row.qkv == "separate" else f"{prefix}.{names.qkv}"
+            owner = path if row.qkv == "separate" else f"{prefix}.{_maker(row, names)}"
             yield KvTensor(path, f"{letter}_scale", "F32", (), owner)
             if KV_FORMATS[spec.kv_cache].affine:
-                shape = (1, row.kv_heads, 1, row.head_dim)
+                shape = (1, row.kv_heads, 1, row.head_dim if letter == "k" else row.values)
                 yield KvTensor(path, f"{letter}_bias", dtype_name(dtype), shape, owner)
+
+
+def _maker(row: Attention, names: Names) -> str:
+    """The linear that makes keys and values, one of several."""
+    return names.qkv if row.latent is None else names.kv_b
 
 
 def bad_numbers(name: str, array: np.ndarray) -> str | None:

@@ -66,7 +66,7 @@ def unfused(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[Checkpoint, ModelS
         for name in (expert_shapes(spec, kind) if is_fused(kind) else ())
     }
     infos = {n: info for n, info in checkpoint.tensors.items() if n not in fused}
-    for name, (row, piece, shape) in own.items():
+    for name, (_, piece, shape) in own.items():
         infos[name] = _info(checkpoint.tensors[piece.tensor], name, shape)
     view = UnfusedCheckpoint(
         checkpoint.path,

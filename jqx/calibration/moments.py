@@ -93,8 +93,8 @@ def add_tokens(
     *,
     dtype: str,
 ) -> dict[str, Array]:
-    """`moments` with the first `count` tokens of `x` added as one row; with `end` a statistics batch
-    is complete after it. For inputs that are not as many for every row, as those of experts.
+    """`moments` with the first `count` tokens of `x` added as one row; with `end` a statistics
+    batch is complete after it. For inputs that are not as many for every row, as those of experts.
     """
     inside = jnp.arange(x.shape[0]) < count
     return _add_row(moments, jnp.where(inside[:, None], x, 0), count, end, dtype)

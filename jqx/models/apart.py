@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts that lie in one tensor, as if each had linears of its own.
 
-    mlp.experts.gate_up_proj [e, k, 2 n]   becomes   mlp.experts.0.gate_proj.weight [n, k], ...
+mlp.experts.gate_up_proj [e, k, 2 n]   becomes   mlp.experts.0.gate_proj.weight [n, k], ...
 """
 
 from collections.abc import Iterator
@@ -44,10 +44,8 @@ def apart(spec: ModelSpec) -> ModelSpec:
     """`spec` with experts that have linears of their own."""
     blocks = tuple(_apart(kind) if is_fused(kind) else kind for kind in spec.blocks)
     base = spec.names.experts
-    names = {
-        f"expert_{name}": f"{base}.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")
-    }
-    return replace(spec, blocks=blocks, names=spec.names.replaced(**names))
+    names = {f"expert_{name}": f"{base}.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")}
+    return replace(spec, blocks=blocks, names=replace(spec.names, **names))
 
 
 def _apart(kind: BlockKind) -> BlockKind:
@@ -57,7 +55,9 @@ def _apart(kind: BlockKind) -> BlockKind:
     return replace(kind, mlp=replace(row, store="separate", each=each))
 
 
-def pieces(row: Experts, names: Names, own: Names, hidden: int) -> Iterator[tuple[str, Piece, Shape]]:
+def pieces(
+    row: Experts, names: Names, own: Names, hidden: int
+) -> Iterator[tuple[str, Piece, Shape]]:
     """The tensors that each expert has, of experts that are fused: name, where it lies, shape.
     `names`: those of the fused tensors, `own`: those of `apart`.
     """

@@ -12,6 +12,7 @@ loop over tiles picks the matrices of each; tiles without rows are skipped.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -51,7 +52,7 @@ def beside(row: Experts, inside: Inside, x: Float[Array, "b t k"]) -> Float[Arra
     if row.shared is None:
         return None
     names = inside.names
-    own = names.replaced(gate=names.shared_gate, up=names.shared_up, down=names.shared_down)
+    own = replace(names, gate=names.shared_gate, up=names.shared_up, down=names.shared_down)
     y = mlp(row.shared, inside._replace(names=own), x)
     if not row.shared_gate:
         return y
@@ -64,7 +65,7 @@ def residual(row: Experts, inside: Inside, x: Float[Array, "b t k"]) -> Float[Ar
     """What the MLP beside experts makes of its normed input."""
     assert row.residual is not None
     names = inside.names
-    own = names.replaced(gate=names.residual_gate, up=names.residual_up, down=names.residual_down)
+    own = replace(names, gate=names.residual_gate, up=names.residual_up, down=names.residual_down)
     return mlp(row.residual, inside._replace(names=own), x)
 
 

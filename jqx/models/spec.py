@@ -11,7 +11,7 @@ in mlp.py, `ROUTERS` in routing.py, `STORES` in stores.py), so a new choice is a
 Layers that differ (windows, widths) have different kinds.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,10 +301,6 @@ class Names:
     residual_down: str = "residual_mlp.w2"
     buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # globs: tensors that are no parameters
     carried: tuple[str, ...] = ()  # globs: tensors of other models, which stay as they are
-
-    def replaced(self, **names: str | tuple[str, ...]) -> "Names":
-        """The same with other names."""
-        return replace(self, **names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

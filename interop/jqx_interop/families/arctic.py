@@ -34,7 +34,8 @@ def _layer(read: Reader, kind: BlockKind, i: int) -> BlockKind:
 ARCTIC = Family(
     model_type="arctic",
     title="Snowflake Arctic",
-    names=MIXTRAL_NAMES.replaced(
+    names=replace(
+        MIXTRAL_NAMES,
         gate="block_sparse_moe.mlp.w1",
         up="block_sparse_moe.mlp.w3",
         down="block_sparse_moe.mlp.w2",

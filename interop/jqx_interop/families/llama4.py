@@ -103,7 +103,8 @@ LLAMA4 = replace(
     model_type="llama4",
     title="Llama 4 Scout, Maverick",
     text="text_config",
-    names=LLAMA4_TEXT.names.replaced(
+    names=replace(
+        LLAMA4_TEXT.names,
         embed="language_model.model.embed_tokens",
         block="language_model.model.layers.{}",
         final_norm="language_model.model.norm",
