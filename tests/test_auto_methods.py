@@ -135,6 +135,6 @@ TOLERANCES = {
     ("kl_div", "bf16"): 0.05,
     ("kl_div", "float32"): 0.16,
 }
-"""ModelOpt computes in bfloat16. Without that one FP8 score by gradients, of eight, is 9 % lower, and
+"""ModelOpt computes in bfloat16. Without that one FP8 score by gradients, of eight, is 9 % lower.
 FP8 scores by KL, which is small there, lack what its rounding adds: up to 15 %. (Measured.)
 """
