@@ -27,7 +27,7 @@ def spec_for(config: Mapping[str, Any], tensors: Collection[str]) -> ModelSpec:
     spec = named_as(spec_from_config(config), tensors)
     if any(is_fused(kind) for kind in spec.blocks):
         separate = apart(spec)
-        if any(path + ".weight" in tensors for path in linears_of_experts(separate)):
+        if linears_of_experts(separate) & {name.rpartition(".")[0] for name in tensors}:
             return separate
     return spec
 

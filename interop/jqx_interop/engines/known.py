@@ -8,7 +8,7 @@ from typing import Any
 from jqx.errors import InputError
 from jqx.models import ModelSpec, linear_shapes, param_shapes
 from jqx_interop.architecture import optional_tensors, spec_for
-from jqx_interop.families import FAMILIES
+from jqx_interop.families import FAMILIES, reader_of
 from jqx_interop.families.family import REQUIRED
 from jqx_interop.families.reader import Reader
 from jqx_interop.inventory import EMBEDDINGS, KEPT
@@ -69,7 +69,10 @@ def _nothing(*problems: tuple[str, str]) -> Known:
 
 def _sizes(kind: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Sizes without which no engine builds the model."""
-    read = Reader(FAMILIES[kind], config) if kind in FAMILIES else None
+    try:
+        read = reader_of(config) if kind in FAMILIES else None
+    except InputError as error:
+        return [("config", f"config.json: {error}")]
     problems = []
     for meaning in REQUIRED if kind in (*FAMILIES, *OUTLINES) else ():
         keys = read.keys(meaning) if read else (meaning,)
