@@ -37,7 +37,7 @@ from .choices import (
     refuse_unheard,
     wanted_kinds,
 )
-from .experts import linears_of_experts
+from .experts import check_coverage, linears_of_experts
 from .folding import Folds, fold_all, plan_folds
 from .inventory import FLOATS, KEPT, Inventory, Module, take_inventory
 from .keeping import kept_linears, kept_outputs
@@ -297,6 +297,7 @@ def decide(
         raise InputError(f"{target.name} holds {held if target.kv_formats else _NO_KV}")
     written = None if in_memory else target
     choices = choices_for(config, inventory, row.name, written, fold=_folds(settings))
+    check_coverage(checkpoint.tensors, choices, settings.expert_coverage)
     _refuse_idle(settings, choices)
     kept = kept_linears(checkpoint, inventory, choices, target) if settings.keep_source else {}
     return Job(

@@ -8,7 +8,7 @@ has it; other statistics are those of an expert, or of all where it met fewer th
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32
 
 from jqx.algorithms import InputStats
 from jqx.algorithms.quadratic import gram
 from jqx.calibration import amax, input_amax
 from jqx.calibration.moments import Moments, add_tokens, results, start
+from jqx.errors import InputError
 from jqx.models import (
     BlockKind,
     Compute,
@@ -125,17 +126,27 @@ class MixtureRun:
             {name: leaders[path] for name, path in own.items() if path in leaders}
             for own in self._members
         ]
+        for own in self._leaders:
+            for readers in own.values():
+                if "histogram" in (kind for path in readers for kind in job.wanted(path)):
+                    raise InputError(
+                        f"{readers[0]}: histograms of inputs are not taken of experts, "
+                        "whose inputs share one scale: take --algorithm max, or leave them out of the recipe"
+                    )
         whole = frozenset(name for own in self._leaders for name in own)
         self._program = ExpertProgram(job.spec, kind, self._compute, job.dtype.name, whole)
         self._sent = states.sent()
         self.tokens = np.array([len(one.tokens) for one in self._sent])
+        """How many tokens every expert was sent."""
+        if job.settings.all_experts:
+            self._sent = states.everywhere()
         self._merged: dict[str, InputStats] = {}
 
     def run(self, advance: Callable[[float], None]) -> dict[str, InputStats]:
         """Add to the sums of `states`; returns the statistics of all linears of experts."""
         maxima: list[dict[str, np.float32]] = []
         found: list[dict[str, InputStats]] = []
-        few = bool((self.tokens < LEAST_TOKENS).any()) and any(self._leaders)
+        few = self._few().any() and any(self._leaders)
         for e, one in enumerate(side_by_side(self._one, len(self._sent))):
             self._states.total[self._sent[e].tokens] += one.sums
             maxima.append(one.maxima)
@@ -151,17 +162,30 @@ class MixtureRun:
         }
         return dict(self._by_path(found, {n: np.float32(v) for n, v in largest.items()}))
 
+    def told(self) -> dict[str, Any]:
+        """How many tokens experts were sent, for a journal and a report."""
+        return {
+            "experts": len(self.tokens),
+            "few": int((self.tokens < LEAST_TOKENS).sum()),
+            "none": int((self.tokens == 0).sum()),
+            "stand_in": bool(any(self._leaders) and self._few().any()),
+        }
+
     def _by_path(
         self, found: list[dict[str, InputStats]], largest: dict[str, np.float32]
     ) -> Iterator[tuple[str, InputStats]]:
         """The statistics of every linear of every expert, its own or those of all."""
         for e, members in enumerate(self._members):
-            own = found[e] if self.tokens[e] >= LEAST_TOKENS else self._merged
+            own = self._merged if self._few()[e] else found[e]
             for name, path in members.items():
                 yield path, {"amax": largest.get(name, np.float32(0))}
             for name, readers in self._leaders[e].items():
                 for path in readers:
                     yield path, {**own[name], "amax": largest[name]}
+
+    def _few(self) -> Bool[np.ndarray, " e"]:
+        """Which experts met too few tokens for statistics of their own."""
+        return np.array([len(one.tokens) < LEAST_TOKENS for one in self._sent])
 
     def _one(self, e: int) -> _One:
         sent, params = self._sent[e], load_expert(self._job, self._i, e, self._compute)
@@ -270,15 +294,18 @@ def rows_for(count: int) -> int:
     return power * 3 // 4 if power > FEWEST_ROWS and count <= power * 3 // 4 else power
 
 
-def told(block: str, tokens: Int[np.ndarray, " e"], *, stand_in: bool) -> str | None:
-    """What people should know of experts that met few tokens; None where all met enough.
-    `stand_in`: whether statistics of others stand in for theirs.
+def experts_line(blocks: Sequence[Mapping[str, Any]]) -> str | None:
+    """One line for people about what `MixtureRun.told` says of blocks; None where there are no
+    experts, or no statistics of them.
     """
-    few = int((tokens < LEAST_TOKENS).sum())
-    if not few:
+    if not blocks:
         return None
-    instead = "; the statistics of all of them stand in for theirs" if stand_in else ""
+    experts, few, none = (sum(int(b[key]) for b in blocks) for key in ("experts", "few", "none"))
+    if not few:
+        return f"all {experts} experts were sent at least {LEAST_TOKENS} tokens"
+    stand_in = any(b["stand_in"] for b in blocks)
+    instead = "; the statistics of all experts of their block stand in for theirs"
     return (
-        f"{block}: {few} of {len(tokens)} experts met fewer than {LEAST_TOKENS} tokens, "
-        f"{int((tokens == 0).sum())} met none (median {int(np.median(tokens))}){instead}"
+        f"{few} of {experts} experts were sent fewer than {LEAST_TOKENS} tokens, {none} none"
+        f"{instead if stand_in else ''}"
     )

@@ -54,7 +54,8 @@ class Report:
     """The outcome of a run. Sizes in bytes; `bits` is stored bits per parameter, everything
     counted. `report`: the directory with what became of every linear, if asked for; `errors_of`:
     what its errors are of, "outputs", or "weights" where no inputs could be had; `carried`: what
-    became of blocks of an MXFP4 source that need no rounding, or little.
+    became of blocks of an MXFP4 source that need no rounding, or little; `experts`: how many were
+    sent few tokens.
     """
 
     out: str
@@ -70,6 +71,7 @@ class Report:
     report: str | None = None
     errors_of: str | None = None
     carried: str | None = None
+    experts: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
+from jqx.errors import InputError
 from jqx.models import Compute, Experts, Front, Routed
 
 from .checkpoints import allocate
@@ -66,9 +67,32 @@ class RoutedStates:
         own = (order[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True))
         return [Sent(at // k, weights[at]) for at in own]
 
+    def everywhere(self) -> list[Sent]:
+        """As if all tokens were sent to every expert: with weight 0 where they are not. Raises
+        InputError where weights multiply what experts read.
+        """
+        if self.row.weighs_input:
+            raise InputError(
+                "experts of this model read their tokens times the weights that the router gives, "
+                "and other tokens have none: leave --all-experts out"
+            )
+        found = []
+        for one in self.sent():
+            weights = np.zeros(self.real, np.float32)
+            weights[one.tokens] = one.weights
+            found.append(Sent(np.arange(self.real), weights))
+        return found
+
     def rows(self, tokens: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n k"]:
         """What experts read of these tokens."""
         return self._x[tokens]
+
+    def close(self) -> None:
+        """Remove the files."""
+        if self._folder is None:
+            return
+        for name in ("h", "x", "total", "beside"):
+            (self._folder / f"experts-{name}.bin").unlink(missing_ok=True)
 
     def settle(self) -> None:
         """Sums are complete: the rows that the last call repeats have those of the last one."""

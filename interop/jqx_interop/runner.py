@@ -43,7 +43,7 @@ from .device import compute_of
 from .experts import expert_linears
 from .hidden import HiddenStates
 from .job import Job
-from .mixtures import MixtureRun, told
+from .mixtures import MixtureRun
 from .progress import Progress
 from .routed import RoutedStates
 from .weights import checked_amax, read_tensor
@@ -52,11 +52,14 @@ from .weights import checked_amax, read_tensor
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockStats:
     """What one block's quantization needs: statistics of inputs by linear, and amax and bias by
-    "<attention>.k" and ".v".
+    "<attention>.k" and ".v"; how many tokens were `sent` to linears of experts, and what is told
+    of `experts`.
     """
 
     inputs: Mapping[str, InputStats] = field(default_factory=dict)
     kv: Mapping[str, tuple[float, np.ndarray | None]] = field(default_factory=dict)
+    sent: Mapping[str, int] = field(default_factory=dict)
+    experts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Runner:
@@ -123,8 +126,9 @@ class Runner:
         if states is None:
             return stats
         leaders = {p: m for p, m in read.items() if p in own}
-        met = self._run_experts(i, params, states, leaders)
-        return replace(stats, inputs={**stats.inputs, **met})
+        of_experts = self._run_experts(i, params, states, leaders)
+        inputs = {**stats.inputs, **of_experts.inputs}
+        return replace(of_experts, inputs=inputs, kv=stats.kv)
 
     def _run_calls(
         self, i: int, params: Any, read: Readers, states: RoutedStates | None
@@ -164,17 +168,18 @@ class Runner:
 
     def _run_experts(
         self, i: int, params: Any, states: RoutedStates, leaders: Readers
-    ) -> dict[str, InputStats]:
+    ) -> BlockStats:
         """The experts of block `i`, and its end; returns what they met."""
         kind, count = kinds(self._spec)[i], self._hidden.count
         run = MixtureRun(self._job, i, states, leaders, self._place)
         met = run.run(lambda share: self._progress.advance(share * count))
-        if note := told(block_prefix(self._spec, i), run.tokens, stand_in=bool(leaders)):
-            self._progress.note(note)
         for n in range(count):
             front, total = states.front(n)
             self._hidden.put(n, combine(self._spec, kind, params, front, total, self._compute))
-        return met
+        states.close()
+        experts = zip(expert_linears(self._spec, i), run.tokens.tolist(), strict=True)
+        sent = {path: n for own, n in experts for path in own.values()}
+        return BlockStats(inputs=met, sent=sent, experts=run.told())
 
     def _checked(self, prefix: str, found: dict[str, float], fold: "Folding") -> BlockStats:
         if spoilt := [name for name, value in found.items() if not np.isfinite(value)]:

@@ -41,6 +41,8 @@ class Finisher:
         self._job, self._writer, self._record, self._advance = job, writer, record, advance
         self.facts: Facts = {}
         """What was searched and found, by linear; finite numbers."""
+        self.experts: list[Mapping[str, Any]] = []
+        """What is told of the experts of every block that has some."""
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="jqx-encode")
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="jqx-sync")
         self._closing: list[Future[None]] = []
@@ -65,7 +67,10 @@ class Finisher:
         tasks = [self._workers.submit(*task, stats) for task in self._tasks(unit)]
         if attention := self._attentions.get(unit):
             tasks.append(self._workers.submit(self._write, kv_tensors(self._job, attention, stats)))
-        self._closing.append(self._closer.submit(self._close, unit, tasks, dict(extra or {})))
+        told = {"experts": dict(stats.experts)} if stats.experts else {}
+        self.experts += told.values()
+        record = {**told, **(extra or {})}
+        self._closing.append(self._closer.submit(self._close, unit, tasks, record))
 
     def drain(self) -> None:
         """Wait until everything submitted is journalled."""
@@ -109,7 +114,8 @@ class Finisher:
     def _search(self, groups: Groups, stats: BlockStats) -> None:
         search = Search(self._job, groups, stats.inputs)
         self._write(search.run())
-        self.facts |= {path: _finite(facts) for path, facts in search.facts.items()}
+        sent = {path: {"tokens": float(n)} for path, n in stats.sent.items()}
+        self.facts |= {p: _finite(f) | sent.get(p, {}) for p, f in search.facts.items()}
         self._done(f"{path}.weight" for group in groups for path in group)
         self._done(search.changes())
 
