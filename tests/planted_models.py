@@ -59,10 +59,10 @@ V = K.replace("k_proj", "v_proj")
 MODEL_FAULTS = {
     # models whose names and shapes are known
     "an expert that is missing": Fault(
-        "qwen-moe", change_all(f"{GONE}.", lambda a: None), "missing", f"{EXPERT}.weight"
+        "qwen-moe", change_all(f"{GONE}.", lambda a: None), "missing-tensor", f"{EXPERT}.weight"
     ),
     "an attention that is missing": Fault(
-        "qwen-moe", change_all(f"{Q}.", lambda a: None), "missing", f"{Q}.weight"
+        "qwen-moe", change_all(f"{Q}.", lambda a: None), "missing-tensor", f"{Q}.weight"
     ),
     "a norm of another size": Fault(
         "qwen-moe",

@@ -98,6 +98,7 @@ def test_layers_that_predict_further_tokens():
     sizes |= dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "kv_lora_rank"), 8)
     sizes |= {"v_head_dim": 8, "moe_intermediate_size": 32, "n_routed_experts": 2}
     sizes |= {"num_attention_heads": 2, "num_hidden_layers": 3, "model_type": "deepseek_v3"}
+    sizes |= {"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
     known = read_known(sizes, ())
     assert "model.layers.2.mlp.gate.e_score_correction_bias" in known.parameters
     assert any(fnmatch("model.layers.3.eh_proj.weight", glob) for glob in known.optional)

@@ -29,8 +29,8 @@ DEEPSEEK = {
 LITE = DEEPSEEK | {
     "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048,
     "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27,
-    "num_attention_heads": 16, "n_shared_experts": 2, "n_routed_experts": 64,
-    "q_lora_rank": None, "first_k_dense_replace": 1,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2,
+    "n_routed_experts": 64, "q_lora_rank": None, "first_k_dense_replace": 1,
 }  # fmt: skip
 MIXTRAL = {
     "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
@@ -91,6 +91,7 @@ SMALL = {
     "moe_intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
     "n_shared_experts": 1, "n_routed_experts": 8, "kv_lora_rank": 64, "q_lora_rank": 128,
     "qk_rope_head_dim": 64, "v_head_dim": 64, "qk_nope_head_dim": 64, "first_k_dense_replace": 1,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 
 
