@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jqx.errors import InputError
-from jqx.models import ModelSpec, linear_shapes, param_shapes
+from jqx.models import Experts, ModelSpec, linear_shapes, param_shapes
 from jqx_interop.architecture import optional_tensors, spec_for
 from jqx_interop.families import FAMILIES
 from jqx_interop.families.family import REQUIRED
@@ -46,10 +46,13 @@ def read_known(config: Mapping[str, Any], tensors: Collection[str]) -> Known:
         return _nothing(*problems)
     try:
         if kind in FAMILIES and not any(name.endswith(STACKS) for name in tensors):
-            return _defined(plain, tensors)
+            known = _defined(plain, tensors)
+            if known.spec is None or not _in_one_tensor(known.spec):
+                return known
     except InputError as error:
         return _nothing(("model-type", f"names and shapes were not compared: {error}"))
-    text = f"model_type {kind!r:.40} is not defined here: names and shapes were not compared"
+    what = "keeps experts in one tensor" if kind in FAMILIES else "is not defined here"
+    text = f"model_type {kind!r:.40} {what}: names and shapes were not compared"
     return _nothing(("model-type", text))
 
 
@@ -83,6 +86,12 @@ def _size(read: Reader, meaning: str) -> Any:
         return read(meaning)
     except (TypeError, ArithmeticError):  # one that is computed from others, which are no numbers
         return None
+
+
+def _in_one_tensor(spec: ModelSpec) -> bool:
+    """Whether experts lie in one tensor, which quantized checkpoints call in several ways."""
+    rows = (kind.mlp for kind in spec.blocks)
+    return any(isinstance(row, Experts) and row.store != "separate" for row in rows)
 
 
 def _defined(config: dict[str, Any], tensors: Collection[str]) -> Known:
