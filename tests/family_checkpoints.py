@@ -29,12 +29,14 @@ WIDE = {
     "ffn_hidden_size": 96,
     "n_inner": 96,
     "word_embed_proj_dim": 64,
-    "moe_intermediate_size": 64,
+    "moe_intermediate_size": 96,
     "shared_expert_intermediate_size": 96,
     "intermediate_size_mlp": 96,
-    "kv_lora_rank": 32,
     "q_lora_rank": 64,
+    "kv_lora_rank": 64,
     "v_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
 }
 """Sizes that blocks of 32 divide, by the keys of all families."""
 
@@ -55,24 +57,18 @@ BATCHES = (2, 2, 16)
 
 
 def config_of(case: str) -> dict[str, Any]:
-    config = _widened(copy.deepcopy(CONFIGS[case]))
+    config = copy.deepcopy(CONFIGS[case])
+    for part in (config, config.get("text_config"), config.get("ffn_config")):
+        if part is not None:
+            part |= {key: size for key, size in WIDE.items() if part.get(key) is not None}
+    for key in ("short_factor", "long_factor"):
+        if config["model_type"] == "phimoe":
+            config["rope_scaling"][key] *= 2
     if config["model_type"] == "qwen":
         config["intermediate_size"] = 192
     heads = 4 if config["model_type"] != "qwen" else 2
     config |= {key: heads for key in ("num_attention_heads", "n_head", "n_heads") if key in config}
     return config | {"torch_dtype": "bfloat16"}
-
-
-def _widened(config: dict[str, Any]) -> dict[str, Any]:
-    config |= {key: size for key, size in WIDE.items() if config.get(key) is not None}
-    for key in ("text_config", "ffn_config"):
-        if key in config:
-            config[key] = _widened(config[key])
-    scaling = config.get("rope_scaling") or {}
-    if config.get("model_type") == "phimoe":
-        for key in ("short_factor", "long_factor"):
-            scaling[key] = list(np.resize(scaling[key], 8))
-    return config
 
 
 def _dtype(name: str) -> Any:

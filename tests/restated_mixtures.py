@@ -130,8 +130,24 @@ def yarn(theta: float, d: int, scaling: Config) -> np.ndarray:
     return f / factor * part + f * (1 - part)
 
 
-def deepseek_v2(c: Config, tensors: Tensors, ids: np.ndarray) -> np.ndarray:
-    """With the scale of scores that transformers leaves out."""
+def chosen(c: Config, at: Checkpoint, row: np.ndarray) -> dict[int, float]:
+    """The experts of a token and their weights: by softmax and the best of groups, or by sigmoid
+    with a correction and the two best of groups.
+    """
+    logits, third = at["mlp.gate.weight"] @ row, c["model_type"] != "deepseek_v2"
+    p = 1 / (1 + np.exp(-logits)) if third else softmax(logits)
+    scores = p + at["mlp.gate.e_score_correction_bias"] if third else p
+    groups = np.sort(scores.reshape(c["n_group"], -1))
+    best = np.argsort(-groups[:, -2 if third else -1 :].sum(1))[: c["topk_group"]]
+    size = len(p) // c["n_group"]
+    allowed = [e for e in range(len(p)) if e // size in best]
+    found = sorted(allowed, key=lambda e: -scores[e])[: c["num_experts_per_tok"]]
+    total = sum(p[e] for e in found) if third else 1
+    return {e: p[e] / total * c["routed_scaling_factor"] for e in found}
+
+
+def deepseek(c: Config, tensors: Tensors, ids: np.ndarray) -> np.ndarray:
+    """With the scale of scores that transformers leaves out of the second version."""
     ck, eps, heads = Checkpoint(tensors), c["rms_norm_eps"], c["num_attention_heads"]
     still, turning, latent = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["kv_lora_rank"]
     scaling, size = c["rope_scaling"], c["v_head_dim"]
@@ -167,14 +183,8 @@ def deepseek_v2(c: Config, tensors: Tensors, ids: np.ndarray) -> np.ndarray:
             continue
         out = glu(at.at("mlp.shared_experts."), PLAIN, x)
         for t, row in enumerate(x):
-            p = softmax(at["mlp.gate.weight"] @ row)
-            groups = p.reshape(c["n_group"], -1)
-            best = np.argsort(-groups.max(1))[: c["topk_group"]]
-            allowed = np.zeros_like(groups)
-            allowed[best] = 1
-            for e in np.argsort(-p * allowed.reshape(-1))[: c["num_experts_per_tok"]]:
-                y = glu(at.at(f"mlp.experts.{e}."), PLAIN, row)
-                out[t] += p[e] * c["routed_scaling_factor"] * y
+            for e, weight in chosen(c, at, row).items():
+                out[t] += weight * glu(at.at(f"mlp.experts.{e}."), PLAIN, row)
         h = h + out
     return ck.linear("lm_head", ck.rms("model.norm", h, eps))
 
@@ -202,6 +212,37 @@ _ARCTIC = {
     "rms_norm_eps": 1e-3,
     "rope_theta": 100.0,
 }
+_DEEPSEEK = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "rms_norm_eps": 1e-3,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "n_group": 4,
+    "topk_group": 2,
+    "rope_theta": 100.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 4.0,
+        "beta_slow": 0.5,
+        "mscale": 1.2,
+        "mscale_all_dim": 0.7,
+        "original_max_position_embeddings": 8,
+    },
+}
 
 CASES: dict[str, dict] = {
     "dbrx": _DBRX | {"ffn_config": _FFN | {"moe_normalize_expert_weights": 1.0}},
@@ -222,45 +263,16 @@ CASES: dict[str, dict] = {
     },
     "arctic_serial": _ARCTIC
     | {"moe_layer_frequency": 2, "use_residual": False, "num_experts_per_tok": 1},
-    "deepseek_v2_long": {
-        "model_type": "deepseek_v2",
-        "vocab_size": 40,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "rms_norm_eps": 1e-3,
-        "q_lora_rank": 20,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 10,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 24,
-        "first_k_dense_replace": 1,
-        "routed_scaling_factor": 1.7,
-        "topk_method": "group_limited_greedy",
-        "n_group": 4,
-        "topk_group": 2,
-        "rope_theta": 100.0,
-        "rope_scaling": {
-            "type": "yarn",
-            "factor": 4.0,
-            "beta_fast": 4.0,
-            "beta_slow": 0.5,
-            "mscale": 1.2,
-            "mscale_all_dim": 0.7,
-            "original_max_position_embeddings": 8,
-        },
-    },
+    "deepseek_v2_long": _DEEPSEEK
+    | {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"},
+    "kimi_k2": _DEEPSEEK | {"model_type": "kimi_k2", "norm_topk_prob": True},
 }
 """Name -> config.json."""
 
 FUNCTIONS: dict[str, Callable[[Config, Tensors, np.ndarray], np.ndarray]] = {
     "dbrx": dbrx,
     "arctic": arctic,
-    "deepseek_v2": deepseek_v2,
+    "deepseek_v2": deepseek,
+    "kimi_k2": deepseek,
 }
 """model_type -> logits of a sequence."""

@@ -34,7 +34,16 @@ ONE_EACH = {config["model_type"]: case for case, config in CONFIGS.items()}
 
 MIXTURES = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe"),
-    *("deepseek_v2", "deepseek_v3", "llama4_text", "llama4", "gpt_oss", "dbrx", "arctic"),
+    *(
+        "deepseek_v2",
+        "deepseek_v3",
+        "kimi_k2",
+        "llama4_text",
+        "llama4",
+        "gpt_oss",
+        "dbrx",
+        "arctic",
+    ),
 )
 """The model types with experts."""
 

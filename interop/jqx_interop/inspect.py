@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jqx.errors import InputError
+from jqx.models import Experts, ModelSpec
 
 from .checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from .families import spec_from_config
@@ -55,6 +56,7 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
         "architecture": ", ".join(checkpoint.config.get("architectures") or []) or None,
         "calibration here": _support(checkpoint),
         **_sizes(checkpoint),
+        **_experts(checkpoint),
         "tensors": len(checkpoint.tensors),
         "files": len(checkpoint.files),
         "bytes": total,
@@ -74,7 +76,7 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
 
 def _support(checkpoint: Checkpoint) -> str:
     try:
-        spec_from_config({k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
+        _spec(checkpoint)
     except InputError as error:
         return f"formats without calibration only: {error}"
     return "every format"
@@ -87,6 +89,23 @@ def _as_source(checkpoint: Checkpoint) -> str | None:
     except InputError as error:
         return f"not read: {error}"
     return None if found.source is None else f"{found.source}, decoded"
+
+
+def _spec(checkpoint: Checkpoint) -> ModelSpec:
+    """Raises InputError for what is not defined here."""
+    plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    return spec_from_config(plain)
+
+
+def _experts(checkpoint: Checkpoint) -> dict[str, str]:
+    """How many experts a layer has, and a token takes; nothing where there are none."""
+    try:
+        blocks = _spec(checkpoint).blocks
+    except InputError:
+        return {}
+    rows = dict.fromkeys(kind.mlp for kind in blocks if isinstance(kind.mlp, Experts))
+    told = [f"{row.number} of {row.each.inner}, {row.top_k} for each token" for row in rows]
+    return {"experts": "; ".join(told)} if told else {}
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:

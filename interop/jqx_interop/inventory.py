@@ -75,7 +75,8 @@ class Inventory:
     `tensors`: names; `modules`: those that could be quantized; `siblings`: groups of linears with
     one input; `units`: the tensors that are finished together, a decoder block or what lies
     outside; `blocks`: the index in `units` of every decoder block; `absent`: modules that own no
-    tensor, such as a tied head; `carried`: tensors of other models, which stay as they are.
+    tensor, such as a tied head; `carried`: tensors of other models, which
+    stay as they are, and `others` their linears.
     """
 
     tensors: tuple[str, ...]
@@ -85,6 +86,7 @@ class Inventory:
     blocks: tuple[int, ...]
     absent: tuple[str, ...] = ()
     carried: frozenset[str] = frozenset()
+    others: tuple[str, ...] = ()
 
 
 def take_inventory(checkpoint: Checkpoint, spec: ModelSpec | None) -> Inventory:
@@ -106,6 +108,7 @@ def take_inventory(checkpoint: Checkpoint, spec: ModelSpec | None) -> Inventory:
         blocks=tuple(blocks),
         absent=_absent_head(checkpoint, spec, names),
         carried=frozenset(carried),
+        others=tuple(_matrices(checkpoint, carried)),
     )
 
 
@@ -140,6 +143,14 @@ def same_tensor(checkpoint: Checkpoint, a: str, b: str) -> bool:
     checkpoint.release(a)
     checkpoint.release(b)
     return same
+
+
+def _matrices(checkpoint: Checkpoint, names: list[str]) -> Iterable[str]:
+    """The modules whose weights are matrices."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and len(checkpoint.tensors[name].shape) == 2:
+            yield path
 
 
 def _absent_head(

@@ -216,14 +216,7 @@ class Job:
     @property
     def unquantized(self) -> tuple[str, ...]:
         """Every module that could have been quantized and is not."""
-        own = self.inventory
-        found = self.checkpoint.tensors
-        matrices = (
-            name.removesuffix(".weight")
-            for name in own.tensors
-            if name in own.carried and name.endswith(".weight") and len(found[name].shape) == 2
-        )
-        paths = (*(m.path for m in own.modules), *own.absent, *matrices)
+        paths = (*self.modules, *self.inventory.absent, *self.inventory.others)
         return tuple(path for path in paths if path not in self.described)
 
 
@@ -235,10 +228,8 @@ def prepare(
     """
     checkpoint = open_outline(model) if planned else open_checkpoint(model)
     job = decide(checkpoint, recipe, settings)
-    counted = job.outlined and job.spec is None
-    if not counted:
-        _refuse_unreached(job)
-    if job.needs_kv and job.spec is None and not counted:
+    _refuse_unreached(job)
+    if job.needs_kv and job.spec is None:
         raise InputError(
             f"--kv-cache {job.kv} needs the keys and values of the model, and model_type "
             f"{job.checkpoint.config.get('model_type')!r} is not defined here; "

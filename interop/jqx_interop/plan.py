@@ -129,12 +129,6 @@ def _notes(job: Job) -> Iterator[str]:
     if not job.outlined:
         return
     yield f"no weights are here: this is what {job.dtype.name} ones by config.json would give"
-    kind = job.checkpoint.config.get("model_type")
-    if job.spec is None and (job.needs_inputs or job.needs_kv):
-        yield (
-            f"model_type {kind!r} cannot be calibrated here: a run needs recorded inputs "
-            "(--activations) or statistics (--stats), and their time is not counted"
-        )
 
 
 def tokens_of(job: Job) -> int:

@@ -149,7 +149,9 @@ def _refuse_bound(spec: ModelSpec) -> None:
                 f"blocks of layout {kind.layout} have norms that no linear reads: they are not the "
                 "same in another basis"
             )
+        latent = isinstance(kind.attention, Attention) and kind.attention.latent is not None
         whole = isinstance(kind.attention, Attention | None) and isinstance(kind.mlp, Mlp | None)
+        whole = whole and not latent
         if kind.transposed or spec.unit_head or not whole:
             raise InputError(f"a rotation of models of family {spec.family} is not defined here")
 

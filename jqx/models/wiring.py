@@ -108,8 +108,17 @@ def norm_readers(spec: ModelSpec, kind: BlockKind) -> dict[str, Group]:
         inner = ()
     if row.parallel and not row.own:
         return {names.input_norm: first + inner}
-    found = {names.input_norm: first, names.mlp_norm: inner}
+    found = {names.input_norm: first, **_latent_readers(spec, kind), names.mlp_norm: inner}
     return {norm: readers for norm, readers in found.items() if readers}
+
+
+def _latent_readers(spec: ModelSpec, kind: BlockKind) -> dict[str, Group]:
+    """The linears that read the norms inside attention."""
+    row, names = kind.attention, spec.names
+    if not isinstance(row, Attention) or row.latent is None:
+        return {}
+    queries = {} if row.latent.q_rank is None else {names.q_a_norm: (names.q_b,)}
+    return {**queries, names.kv_a_norm: (names.kv_b,)}
 
 
 def row_feeders(spec: ModelSpec, kind: BlockKind) -> dict[str, str]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from jqx import InputError
 from jqx.models import BlockKind, Experts, Mlp, Router
 
-from .experts import mixture
+from .experts import mixture, positive
 from .family import Family, frozen
 from .mixtures import MIXTRAL_NAMES
 from .reader import Reader
@@ -55,7 +55,7 @@ ARCTIC = Family(
     experts=mixture(
         _router,
         number="num_local_experts",
-        layers=lambda read, i: (i + 1) % read("moe_layer_frequency") == 0,
+        layers=lambda read, i: (i + 1) % positive(read, "moe_layer_frequency") == 0,
         residual=_beside,
     ),
     of_layer=_layer,

@@ -50,7 +50,7 @@ def _stretched(read: Reader) -> float:
 
 def _sparse(read: Reader, i: int) -> bool:
     """The first layers have none, nor have those between every n-th."""
-    dense, every = read("first_k_dense_replace", 0) or 0, read("moe_layer_freq", 1) or 1
+    dense, every = read("first_k_dense_replace") or 0, positive(read, "moe_layer_freq")
     return i >= dense and i % every == 0
 
 
@@ -72,10 +72,11 @@ def _checked(read: Reader, key: str, known: tuple[str, ...]) -> str:
 def _v2_router(read: Reader) -> Router:
     _checked(read, "scoring_func", ("softmax",))
     grouped = _checked(read, "topk_method", ("greedy", "group_limited_greedy")) != "greedy"
+    groups, top_groups = read("n_group"), read("topk_group")
     return Router(
         kind="softmax",
-        groups=positive(read, "n_group") if grouped else 1,
-        top_groups=positive(read, "topk_group") if grouped else 1,
+        groups=positive(read, "n_group") if grouped and groups is not None else 1,
+        top_groups=positive(read, "topk_group") if grouped and top_groups is not None else 1,
         scale=float(read("routed_scaling_factor")),
         exact=True,
     )
@@ -103,10 +104,13 @@ def _pairs(read: Reader, kind: BlockKind, i: int) -> BlockKind:
     return replace(kind, attention=replace(row, rope=replace(row.rope, pairs=pairs)))
 
 
+_MOST_PREDICTING = 4
+
+
 def _predicting(read: Reader, spec: ModelSpec) -> ModelSpec:
     """Layers after the last predict further tokens: they are kept as they are."""
-    layers, count = len(spec.blocks), read("num_nextn_predict_layers", 0) or 0
-    more = tuple(f"{spec.names.block.format(layers + i)}.*" for i in range(count))
+    numbers = range(len(spec.blocks), len(spec.blocks) + _MOST_PREDICTING)
+    more = tuple(f"{spec.names.block.format(i)}.*" for i in numbers)
     return replace(spec, names=replace(spec.names, carried=more))
 
 
@@ -119,8 +123,10 @@ DEEPSEEK_V2 = Family(
     defaults=frozen(
         head_dim=_head_dim,
         q_lora_rank=None,
+        num_experts_per_tok=6,
         routed_scaling_factor=1.0,
         first_k_dense_replace=0,
+        moe_layer_freq=1,
     ),
     names=Names(
         shared_gate="mlp.shared_experts.gate_proj",
@@ -144,7 +150,7 @@ DEEPSEEK_V3 = replace(
     model_type="deepseek_v3",
     title="DeepSeek-V3, R1, V3.1",
     defaults=frozen(
-        **DEEPSEEK_V2.defaults,
+        **{**DEEPSEEK_V2.defaults, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5},
         n_group=8,
         topk_group=4,
         norm_topk_prob=True,
@@ -161,4 +167,6 @@ DEEPSEEK_V3 = replace(
     of_model=_predicting,
 )
 
-ROWS = (DEEPSEEK_V2, DEEPSEEK_V3)
+KIMI_K2 = replace(DEEPSEEK_V3, model_type="kimi_k2", title="Kimi K2")
+
+ROWS = (DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from jqx import InputError
 from jqx.models import Attention, BlockKind, Mlp, Names, Router
 
-from .experts import mixture
+from .experts import mixture, positive
 from .family import Family, frozen
 from .reader import Reader
 
@@ -18,12 +18,14 @@ _VISION = ("vision_model.*", "multi_modal_projector.*")
 
 def _sparse(read: Reader, i: int) -> bool:
     """The layers that are listed, else every n-th."""
-    listed, step = read("moe_layers"), read("interleave_moe_layer_step")
+    listed, step = read("moe_layers"), positive(read, "interleave_moe_layer_step")
+    if listed is not None and not isinstance(listed, list):
+        raise InputError(f"config has moe_layers {listed!r:.60}, not a list of layers")
     return i in listed if listed is not None else (i + 1) % step == 0
 
 
 def _layer(read: Reader, kind: BlockKind, i: int) -> BlockKind:
-    row, every = kind.attention, read("no_rope_layer_interval")
+    row, every = kind.attention, positive(read, "no_rope_layer_interval")
     assert isinstance(row, Attention)
     listed = read.layers("no_rope_layers", (0, 1)) if read("no_rope_layers") else None
     turns = bool(listed[i]) if listed is not None else (i + 1) % every != 0

@@ -45,7 +45,9 @@ MIXTRAL = replace(
 
 def _sparse(read: Reader, i: int) -> bool:
     """Every n-th layer, but those that are listed."""
-    only, step = read("mlp_only_layers", []) or [], read("decoder_sparse_step", 1)
+    only, step = read("mlp_only_layers", []) or [], positive(read, "decoder_sparse_step")
+    if not isinstance(only, list):
+        raise InputError(f"config has mlp_only_layers {only!r:.60}, not a list of layers")
     return i not in only and (i + 1) % step == 0
 
 
@@ -60,6 +62,7 @@ QWEN3_MOE = replace(
         **{**QWEN3.defaults, "head_dim": None},
         num_experts_per_tok=8,
         norm_topk_prob=False,
+        decoder_sparse_step=1,
     ),
     experts=mixture(_normed, inner="moe_intermediate_size", layers=_sparse),
 )
@@ -81,6 +84,7 @@ QWEN2_MOE = replace(
         qkv_bias=True,
         num_experts_per_tok=4,
         norm_topk_prob=False,
+        decoder_sparse_step=1,
         shared_expert_intermediate_size=5632,
     ),
     experts=mixture(
