@@ -14,10 +14,13 @@ import jax
 import numpy as np
 import pytest
 import small_model
+from checkpoints import write
+from damage import arrays
 from foreign import BF16, F8, FP8_BLOCKS
 
 import jqx
 import jqx_interop as ji
+from jqx.models import linear_shapes
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
 from jqx_interop.checkpoints import MappedTensors, open_checkpoint
@@ -30,6 +33,9 @@ from jqx_interop.targets import TARGETS
 from jqx_interop.weights import linear_groups, stored_group
 
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+INEXACT = float.fromhex("0x1.d7dbf4p-11")
+"""A float32 that the reciprocal of its reciprocal is not."""
+
 STORED = {
     "fp8": (foreign.stored_as_fp8, FP8_BLOCKS, "FP8, 128x128 blocks"),
     "mxfp4": (foreign.stored_as_mxfp4, MXFP4, "MXFP4"),
@@ -49,6 +55,7 @@ def root(tmp_path_factory) -> Path:
     """
     root = small_model.write(tmp_path_factory.mktemp("sources") / "root")
     plain = {n: np.array(a) for n, a in floats(root / "model").items()}
+    plain["model.layers.0.self_attn.k_proj.weight"] *= 8  # what shares a scale is not alike
     for name, (stored, said, _) in STORED.items():
         config = {**small_model.CONFIG, "quantization_config": said}
         foreign.put(root / name, config, stored(plain))
@@ -163,6 +170,7 @@ def test_what_the_recipe_leaves_alone_is_kept(root: Path, tmp_path: Path):
     assert said["quantized_layers"]["model.layers.0.self_attn.q_proj"] == {
         "quant_algo": "fp8_pb_wo"
     }
+    assert list(said["quantized_layers"]) == list(linear_shapes(ji.load(root / "fp8").spec))[:14]
     model = flatten(jqx.dequantize(ji.load(tmp_path / "out").params))
     wanted = floats(root / "fp8")
     assert all(np.array_equal(model[n], wanted[n]) for n in wanted if "self_attn" in n)
@@ -282,6 +290,26 @@ def test_what_is_written_is_read_as_its_floats(
             if leaf.pre_quant_scale is not None:
                 wanted = wanted * np.asarray(leaf.pre_quant_scale, np.float32)
         np.testing.assert_array_equal(found[name], np.asarray(wanted).astype(BF16))
+
+
+@pytest.mark.parametrize("target", ["modelopt", "compressed-tensors"])
+def test_scales_of_the_cache_are_left_behind(root: Path, tmp_path: Path, target: str):
+    given = {"calib": root / "ids.npy", "kv_cache": "fp8", "target": target}
+    ji.ptq(root / "model", tmp_path / "out", "fp8", **given)
+    assert any(name.endswith("k_scale") for name in exports.read_tensors(tmp_path / "out"))
+    assert floats(tmp_path / "out").keys() == floats(root / "model").keys()
+
+
+def test_tensor_scales_that_a_note_keeps_are_exact(root: Path, tmp_path: Path):
+    ji.ptq(root / "model", tmp_path / "a", "w4a16_nvfp4")
+    change = arrays(tmp_path / "a")
+    for name in [n for n in change if n.endswith("weight_scale_2")]:
+        change[name] = np.float32(INEXACT).reshape(())
+    write(tmp_path / "a", change)
+    assert ji.export(tmp_path / "a", tmp_path / "b", "compressed-tensors").notes == 14
+    source = as_floats(open_checkpoint(tmp_path / "b"))
+    assert isinstance(source, DecodedCheckpoint)
+    assert {float(source.stored(name).tensor_scale) for name in source.weights} == {INEXACT}
 
 
 def test_every_layout_of_a_target_is_a_source():
