@@ -15,7 +15,7 @@ import pytest
 import small_model
 from checkpoints import write
 from damage import arrays
-from foreign import FP8_BLOCKS, Arrays
+from foreign import F8, FP8_BLOCKS, Arrays
 from source import edit
 
 import jqx_interop as ji
@@ -227,6 +227,45 @@ CASES: dict[str, Case] = {
     ),
     "another arrangement": ("awq", said(version="gemv"), ("arranged for gemv",)),
 }
+
+
+EXPERTS = "model.layers.0.mlp.experts.down_proj"
+FUSED: dict[str, tuple[Arrays, str]] = {
+    "no tensor scale": (
+        {"": np.zeros((2, 16, 4), np.uint8), "_weight_scale": np.zeros((2, 2, 4), F8)},
+        f"tensor {EXPERTS}_weight_scale_2 is missing",
+    ),
+    "block scales of another shape": (
+        {
+            "": np.zeros((2, 16, 4), np.uint8),
+            "_weight_scale": np.zeros((2, 4, 2), F8),
+            "_weight_scale_2": np.ones((), np.float32),
+        },
+        f"tensor {EXPERTS}_weight_scale has shape (2, 4, 2), it should have (2, 2, 4)",
+    ),
+    "a scale for every expert": (
+        {"": np.zeros((2, 16, 4), F8), "_weight_scale": np.ones(2, np.float32)},
+        f"tensor {EXPERTS}_weight_scale has shape (2,), it should have []",
+    ),
+    "floats": (
+        {"": np.zeros((2, 16, 4), foreign.BF16), "_weight_scale": np.ones((), np.float32)},
+        f"tensor {EXPERTS} is BF16 (2, 16, 4): no experts in FP8 or NVFP4",
+    ),
+    "no codes": (
+        {"_weight_scale": np.ones((), np.float32)},
+        f"tensor {EXPERTS} is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "saying"), FUSED.values(), ids=FUSED)
+def test_experts_in_one_tensor(tmp_path: Path, tensors: Arrays, saying: str):
+    said = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": []}
+    config = {"model_type": "gpt_oss", "torch_dtype": "bfloat16", "quantization_config": said}
+    named = {f"{EXPERTS}{ending}": array for ending, array in tensors.items()}
+    named["model.norm.weight"] = np.ones(4, foreign.BF16)
+    foreign.put(tmp_path / "model", config, named)
+    command.refused("quantize", tmp_path / "model", tmp_path / "out", saying=saying)
 
 
 def test_nothing_is_wrong_before(originals: Path, tmp_path: Path):

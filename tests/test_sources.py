@@ -27,7 +27,13 @@ from jqx_interop.checkpoints import MappedTensors, open_checkpoint
 from jqx_interop.job import prepare
 from jqx_interop.outlines import open_outline
 from jqx_interop.settings import Settings
-from jqx_interop.sources import SOURCES, DecodedCheckpoint, as_floats
+from jqx_interop.sources import (
+    SOURCES,
+    DecodedCheckpoint,
+    as_floats,
+    title_of,
+    without_description,
+)
 from jqx_interop.sources import weight as decoding
 from jqx_interop.targets import TARGETS
 from jqx_interop.weights import linear_groups, stored_group
@@ -158,7 +164,7 @@ def test_what_the_recipe_leaves_alone_is_kept(root: Path, tmp_path: Path):
     given = ("--qformat", "nvfp4_mlp_only", "--calib", root / "ids.npy", "--keep-source")
     done = command.jqx("quantize", root / "fp8", tmp_path / "out", *given)
     assert done.code == 0, done.err
-    assert "decoded, 8 linears kept as they were" in done.out
+    assert "decoded, 8 linears kept as stored" in done.out
     old, new = exports.read_tensors(root / "fp8"), exports.read_tensors(tmp_path / "out")
     for layer in range(2):
         for letter in "qkvo":
@@ -177,6 +183,39 @@ def test_what_the_recipe_leaves_alone_is_kept(root: Path, tmp_path: Path):
     assert {n: a.tobytes() for n, a in floats(tmp_path / "out").items() if "self_attn" in n} == {
         n: a.tobytes() for n, a in wanted.items() if "self_attn" in n
     }
+
+
+PLAIN_FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
+KEPT = {
+    "tensor, static": ((), True, {"quant_algo": "FP8"}, []),
+    "rows, dynamic": ((64, 1), False, {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, [64]),
+}
+
+
+@pytest.mark.parametrize(("shape", "static", "algo", "stored"), KEPT.values(), ids=KEPT)
+def test_fp8_of_vllm_is_kept(root: Path, tmp_path: Path, shape, static: bool, algo, stored):
+    tensors = floats(root / "model")
+    path = "model.layers.0.self_attn.q_proj"
+    w = tensors[f"{path}.weight"].astype(np.float32)
+    scale = np.full(shape, np.abs(w).max() / 448, np.float32)
+    tensors[f"{path}.weight"] = (w / scale).astype(F8)
+    tensors[f"{path}.weight_scale"] = scale
+    if static:
+        tensors[f"{path}.input_scale"] = np.asarray(np.float32(0.25))
+    config = {**small_model.CONFIG, "quantization_config": PLAIN_FP8}
+    foreign.put(tmp_path / "model", config, tensors)
+    given = ("--qformat", "nvfp4_mlp_only", "--calib", root / "ids.npy", "--keep-source")
+    done = command.jqx("quantize", tmp_path / "model", tmp_path / "out", *given)
+    assert done.code == 0, done.err
+    assert "; source: FP8, scales of tensors or rows, decoded, 1 linear kept" in done.out
+    old, new = exports.read_tensors(tmp_path / "model"), exports.read_tensors(tmp_path / "out")
+    assert new[f"{path}.weight"] == old[f"{path}.weight"]
+    assert new[f"{path}.weight_scale"][1:] == (stored, old[f"{path}.weight_scale"][2])
+    assert (f"{path}.input_scale" in new) == static
+    if static:
+        assert new[f"{path}.input_scale"] == old[f"{path}.input_scale"]
+    said = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
+    assert said["quantized_layers"][path] == algo
 
 
 def test_a_run_that_was_killed_keeps_the_rest(root: Path, tmp_path: Path, monkeypatch):
@@ -421,6 +460,32 @@ def test_the_tensors_of_gpt_oss(tmp_path: Path, monkeypatch):
     assert shapes == [(1, 8, 64)] * 3
     with pytest.raises(ValueError, match="read-only"):
         whole[0, 0, 0] = 1
+
+
+def test_experts_of_modelopt_are_decoded_to_be_run(tmp_path: Path):
+    name, rng = "model.layers.0.mlp.experts.down_proj", np.random.default_rng(2)
+    tensors = {
+        name: rng.integers(0, 256, (2, 16, 4)).astype(np.uint8),
+        f"{name}_weight_scale": np.ones((2, 2, 4), F8),
+        f"{name}_weight_scale_2": np.asarray(np.float32(0.5)),
+        f"{name}_input_scale": np.asarray(np.float32(0.5)),
+        "model.norm.weight": np.ones(4, BF16),
+    }
+    said = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": []}
+    config = {"model_type": "gpt_oss", "torch_dtype": "bfloat16", "quantization_config": said}
+    foreign.put(tmp_path / "model", config, tensors)
+    source = as_floats(open_checkpoint(tmp_path / "model"), run=True)
+    assert {n: t.shape for n, t in source.tensors.items()} == {
+        name: (2, 32, 4),
+        "model.norm.weight": (4,),
+    }
+
+
+def test_the_description_of_a_text_model_counts():
+    said = {"text_config": {"quantization_config": FP8_BLOCKS, "hidden_size": 4}, "model_type": "a"}
+    assert title_of(said) == "FP8, 128x128 blocks"
+    assert without_description(said) == {"text_config": {"hidden_size": 4}, "model_type": "a"}
+    assert title_of(without_description(said)) is None
 
 
 # --- plans and inspection
