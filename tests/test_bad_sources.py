@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import small_model
 from checkpoints import write
 from damage import arrays
-from foreign import FP8_BLOCKS, Arrays
+from foreign import F8, FP8_BLOCKS, Arrays
 from source import edit
 
 import jqx_interop as ji
@@ -229,6 +230,45 @@ CASES: dict[str, Case] = {
 }
 
 
+EXPERTS = "model.layers.0.mlp.experts.down_proj"
+FUSED: dict[str, tuple[Arrays, str]] = {
+    "no tensor scale": (
+        {"": np.zeros((2, 16, 4), np.uint8), "_weight_scale": np.zeros((2, 2, 4), F8)},
+        f"tensor {EXPERTS}_weight_scale_2 is missing",
+    ),
+    "block scales of another shape": (
+        {
+            "": np.zeros((2, 16, 4), np.uint8),
+            "_weight_scale": np.zeros((2, 4, 2), F8),
+            "_weight_scale_2": np.ones((), np.float32),
+        },
+        f"tensor {EXPERTS}_weight_scale has shape (2, 4, 2), it should have (2, 2, 4)",
+    ),
+    "a scale for every expert": (
+        {"": np.zeros((2, 16, 4), F8), "_weight_scale": np.ones(2, np.float32)},
+        f"tensor {EXPERTS}_weight_scale has shape (2,), it should have []",
+    ),
+    "floats": (
+        {"": np.zeros((2, 16, 4), foreign.BF16), "_weight_scale": np.ones((), np.float32)},
+        f"tensor {EXPERTS} is BF16 (2, 16, 4): no experts in FP8 or NVFP4",
+    ),
+    "no codes": (
+        {"_weight_scale": np.ones((), np.float32)},
+        f"tensor {EXPERTS} is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "saying"), FUSED.values(), ids=FUSED)
+def test_experts_in_one_tensor(tmp_path: Path, tensors: Arrays, saying: str):
+    said = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": []}
+    config = {"model_type": "gpt_oss", "torch_dtype": "bfloat16", "quantization_config": said}
+    named = {f"{EXPERTS}{ending}": array for ending, array in tensors.items()}
+    named["model.norm.weight"] = np.ones(4, foreign.BF16)
+    foreign.put(tmp_path / "model", config, named)
+    command.refused("quantize", tmp_path / "model", tmp_path / "out", saying=saying)
+
+
 def test_nothing_is_wrong_before(originals: Path, tmp_path: Path):
     for name in ("fp8", "mxfp4", "modelopt", "compressed-tensors", "gptq", "awq", "plain"):
         given = ("quantize", originals / name, tmp_path / name, "--qformat", "mxfp8")
@@ -236,7 +276,7 @@ def test_nothing_is_wrong_before(originals: Path, tmp_path: Path):
 
 
 def test_biases_of_zeros_add_nothing(originals: Path, tmp_path: Path):
-    exports_of(originals / "gptq", tmp_path / "model")
+    shutil.copytree(originals / "gptq", tmp_path / "model")
     added(f"{GPTQ}.bias", np.zeros(64, np.float16))(tmp_path / "model")
     for name, model in (("a", originals / "gptq"), ("b", tmp_path / "model")):
         assert command.jqx("quantize", model, tmp_path / name, "--qformat", "mxfp8").code == 0
@@ -245,7 +285,7 @@ def test_biases_of_zeros_add_nothing(originals: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(("source", "damage", "saying"), CASES.values(), ids=CASES)
 def test_damaged_sources(originals: Path, tmp_path: Path, source: str, damage, saying):
-    exports_of(originals / source, tmp_path / "model")
+    shutil.copytree(originals / source, tmp_path / "model")
     damage(tmp_path / "model")
     before = command.snapshot(tmp_path)
     given = (tmp_path / "model", tmp_path / "out", "--qformat", "mxfp8")
@@ -259,18 +299,11 @@ RUN = [name for name, case in CASES.items() if case[0] in SAID]
 @pytest.mark.parametrize("name", RUN)
 def test_damaged_sources_are_not_run(originals: Path, tmp_path: Path, name: str):
     source, damage, saying = CASES[name]
-    exports_of(originals / source, tmp_path / "model")
+    shutil.copytree(originals / source, tmp_path / "model")
     damage(tmp_path / "model")
     with pytest.raises(InputError, match=re.escape(saying[0])) as caught:
         ji.load(tmp_path / "model")
     assert "\n" not in str(caught.value)
-
-
-def exports_of(folder: Path, to: Path) -> None:
-    """A copy whose files may be changed."""
-    to.mkdir()
-    for file in folder.iterdir():
-        (to / file.name).write_bytes(file.read_bytes())
 
 
 KEPT = {
@@ -286,7 +319,7 @@ def test_what_cannot_stay(originals: Path, tmp_path: Path, source: str, more: di
     model = originals / source
     if source == "small blocks":
         model, plain = tmp_path / "model", arrays(originals / "plain")
-        found = {n: plain[n] for n in plain}
+        found = dict(plain)
         found[DOWN], found[f"{DOWN}_scale_inv"] = foreign.fp8_of(plain[DOWN], (32, 32))
         small = {**FP8_BLOCKS, "weight_block_size": [32, 32]}
         foreign.put(model, {**small_model.CONFIG, "quantization_config": small}, found)
@@ -301,7 +334,7 @@ def test_what_cannot_stay(originals: Path, tmp_path: Path, source: str, more: di
 
 
 def test_zero_points_have_no_place(originals: Path, tmp_path: Path):
-    exports_of(originals / "gptq", tmp_path / "model")
+    shutil.copytree(originals / "gptq", tmp_path / "model")
     name = "model.layers.0.mlp.up_proj.qzeros"
     altered(name, at(0x12345678))(tmp_path / "model")
     (tmp_path / "attention.yaml").write_text(

@@ -260,6 +260,31 @@ def test_packed_integers_of_compressed_tensors(shifted: bool, ordered: bool):
     same(got, integers(codes, zeros, step, index))
 
 
+def test_integers_of_compressed_tensors_with_zero_points():
+    rng = np.random.default_rng(6)
+    codes, zeros = (rng.integers(-128, 128, s).astype(np.int8) for s in ((6, 40), (6, 1)))
+    scale = rng.random((6, 1), np.float32)
+    arrays = {"a.weight": codes, "a.weight_scale": scale, "a.weight_zero_point": zeros}
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}
+    inputs = {
+        "num_bits": 8,
+        "type": "int",
+        "strategy": "token",
+        "dynamic": True,
+        "symmetric": False,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    got = floats("compressed-tensors", arrays, said)["a.weight"]
+    same(got, integers(codes, zeros, scale, np.zeros(40, int)))
+    (weight,) = found("compressed-tensors", arrays, said)
+    assert weight.choice is None
+    arrays["a.weight_zero_point"] = zeros[:3]
+    assert found("compressed-tensors", arrays, said) == [
+        "tensor a.weight_zero_point is I8 (3, 1), not I8 (6, 1)"
+    ]
+
+
 # --- what the code of others decodes
 
 

@@ -3,9 +3,7 @@
 
 import json
 import shutil
-import weakref
 from pathlib import Path
-from typing import Any
 
 import command
 import exports
@@ -13,51 +11,28 @@ import foreign
 import jax
 import numpy as np
 import pytest
-import small_model
 from foreign import BF16, F8, FP8_BLOCKS
+from stored_sources import MXFP4, STORED, content, floats, make
 
-import jqx
 import jqx_interop as ji
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
-from jqx_interop.checkpoints import MappedTensors, open_checkpoint
+from jqx_interop.checkpoints import open_checkpoint
 from jqx_interop.job import prepare
 from jqx_interop.outlines import open_outline
 from jqx_interop.settings import Settings
-from jqx_interop.sources import SOURCES, DecodedCheckpoint, as_floats
+from jqx_interop.sources import (
+    DecodedCheckpoint,
+    as_floats,
+    title_of,
+    without_description,
+)
 from jqx_interop.sources import weight as decoding
-from jqx_interop.targets import TARGETS
-from jqx_interop.weights import linear_groups, stored_group
-
-MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-STORED = {
-    "fp8": (foreign.stored_as_fp8, FP8_BLOCKS, "FP8, 128x128 blocks"),
-    "mxfp4": (foreign.stored_as_mxfp4, MXFP4, "MXFP4"),
-}
-
-
-def floats(path: Path) -> foreign.Arrays:
-    """Every tensor of a checkpoint, decoded."""
-    checkpoint = as_floats(open_checkpoint(path))
-    return {name: np.array(checkpoint.read(name)) for name in checkpoint.tensors}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A model in every kind of source, "fp8" and "mxfp4", and what each decodes to in "fp8-floats"
-    and "mxfp4-floats".
-    """
-    root = small_model.write(tmp_path_factory.mktemp("sources") / "root")
-    plain = {n: np.array(a) for n, a in floats(root / "model").items()}
-    for name, (stored, said, _) in STORED.items():
-        config = {**small_model.CONFIG, "quantization_config": said}
-        foreign.put(root / name, config, stored(plain))
-        foreign.put(root / f"{name}-floats", small_model.CONFIG, floats(root / name))
-    return root
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
+    return make(tmp_path_factory.mktemp("sources") / "root")
 
 
 @pytest.mark.parametrize(
@@ -91,110 +66,6 @@ def test_the_floats_are_the_definition(root: Path):
             codes = np.frombuffer(raw, F8).reshape(shape)
             defined = foreign.fp8(codes, np.frombuffer(scale, "f4").reshape(grid), (128, 128))
             np.testing.assert_array_equal(array, defined.astype(BF16))
-
-
-# --- MXFP4 without an error
-
-
-@pytest.mark.parametrize("report", [False, True], ids=["", "report"])
-def test_mxfp4_becomes_nvfp4_exactly(root: Path, tmp_path: Path, report: bool):
-    page = ("--report", tmp_path / "page", "--calib", root / "ids.npy") if report else ()
-    given = ("--qformat", "w4a16_nvfp4", *page)
-    done = command.jqx("quantize", root / "mxfp4", tmp_path / "out", *given)
-    assert done.code == 0, done.err
-    assert "blocks of MXFP4 became NVFP4, every one exactly" in done.out
-    wanted, got = floats(root / "mxfp4"), floats(tmp_path / "out")
-    assert wanted.keys() == got.keys()
-    for name, array in wanted.items():
-        np.testing.assert_array_equal(got[name], array)
-    stored = exports.read_tensors(tmp_path / "out")
-    name = "model.layers.0.self_attn.{}_proj.weight_scale_2"
-    (shared,) = {stored[name.format(letter)][2] for letter in "qkv"}
-    assert np.frexp(np.frombuffer(shared, "f4"))[0] == 0.5  # a power of two
-
-
-def test_what_a_block_scale_does_not_reach_is_counted(root: Path, tmp_path: Path):
-    tensors = foreign.stored_as_mxfp4(floats(root / "model"))
-    name = "model.layers.1.mlp.down_proj.weight"
-    scales = tensors[f"{name}_scales"].copy()
-    scales[3, 1], scales[4, 2] = scales.max() - 18, scales.max() - 30
-    tensors[f"{name}_scales"] = scales
-    tensors[f"{name}_blocks"][4, 2] = 0x80  # zeros, of either sign
-    config = {**small_model.CONFIG, "quantization_config": MXFP4}
-    foreign.put(tmp_path / "model", config, tensors)
-    given = ("--qformat", "w4a16_nvfp4", "--json")
-    done = command.jqx("quantize", tmp_path / "model", tmp_path / "out", *given)
-    assert json.loads(done.out)["carried"].endswith("became NVFP4, 1 of them rounded")
-    wanted, got = (floats(tmp_path / n)[name].astype(np.float32) for n in ("model", "out"))
-    wrong = np.argwhere(wanted != got)
-    assert {(r, c // 32) for r, c in wrong} <= {(3, 1)}
-    assert np.abs(wanted - got).max() <= 2.0 ** (int(scales.max()) - 127 - 17) / 2
-
-
-@pytest.mark.parametrize("report", [False, True], ids=["", "report"])
-def test_mxfp4_stays_as_it_is(root: Path, tmp_path: Path, report: bool):
-    page = ("--report", tmp_path / "page", "--calib", root / "ids.npy") if report else ()
-    given = ("--qformat", "mxfp4", *page)
-    assert command.jqx("quantize", root / "mxfp4", tmp_path / "out", *given).code == 0
-    old, new = exports.read_tensors(root / "mxfp4"), exports.read_tensors(tmp_path / "out")
-    linears = [name for name in new if f"{name}_blocks" in old]
-    assert len(linears) == 14
-    for name in linears:
-        assert new[name][2] == old[f"{name}_blocks"][2]
-        assert new[f"{name}_scale"][2] == old[f"{name}_scales"][2]
-
-
-# --- what stays as it is
-
-
-def test_what_the_recipe_leaves_alone_is_kept(root: Path, tmp_path: Path):
-    given = ("--qformat", "nvfp4_mlp_only", "--calib", root / "ids.npy", "--keep-source")
-    done = command.jqx("quantize", root / "fp8", tmp_path / "out", *given)
-    assert done.code == 0, done.err
-    assert "decoded, 8 linears kept as they were" in done.out
-    old, new = exports.read_tensors(root / "fp8"), exports.read_tensors(tmp_path / "out")
-    for layer in range(2):
-        for letter in "qkvo":
-            name = f"model.layers.{layer}.self_attn.{letter}_proj.weight"
-            assert new[name] == old[name]
-            assert new[f"{name}_scale"][1:] == ([1, 1, 1, 1], old[f"{name}_scale_inv"][2])
-    said = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
-    assert said["quant_algo"] == "MIXED_PRECISION"
-    assert said["quantized_layers"]["model.layers.0.self_attn.q_proj"] == {
-        "quant_algo": "fp8_pb_wo"
-    }
-    model = flatten(jqx.dequantize(ji.load(tmp_path / "out").params))
-    wanted = floats(root / "fp8")
-    assert all(np.array_equal(model[n], wanted[n]) for n in wanted if "self_attn" in n)
-    assert {n: a.tobytes() for n, a in floats(tmp_path / "out").items() if "self_attn" in n} == {
-        n: a.tobytes() for n, a in wanted.items() if "self_attn" in n
-    }
-
-
-def test_a_run_that_was_killed_keeps_the_rest(root: Path, tmp_path: Path, monkeypatch):
-    from jqx_interop import units
-
-    settings = Settings(calib=root / "ids.npy", keep_source=True)
-    plain, left = units.Finisher._keep, []
-
-    def keep(self, path):
-        if "layers.1." in path and not left:
-            left.append(path)
-            raise RuntimeError("killed")
-        plain(self, path)
-
-    monkeypatch.setattr(units.Finisher, "_keep", keep)
-    for out in ("whole", "whole"):
-        try:
-            ji.ptq(root / "fp8", tmp_path / out, "nvfp4_mlp_only", **settings_of(settings))
-        except RuntimeError:
-            assert left
-    ji.ptq(root / "fp8", tmp_path / "once", "nvfp4_mlp_only", **settings_of(settings))
-    assert content(tmp_path / "whole") == content(tmp_path / "once")
-
-
-def settings_of(settings: Settings) -> dict[str, Any]:
-    return {"calib": settings.calib, "keep_source": settings.keep_source}
 
 
 # --- what a model of it computes
@@ -233,76 +104,6 @@ def test_a_source_is_turned(root: Path, tmp_path: Path):
     for name in ("fp8", "fp8-floats"):
         ji.rotate(root / name, tmp_path / name)
     assert content(tmp_path / "fp8") == content(tmp_path / "fp8-floats")
-
-
-# --- what jqx writes is a source
-
-
-WRITTEN = [
-    *(("modelopt", r, ()) for r in ("fp8", "fp8_pb_wo", "fp8_pc_pt", "nvfp4", "w4a8_nvfp4_fp8")),
-    *(("modelopt", r, ()) for r in ("mxfp4", "mxfp8", "int8", "int8_sq", "nvfp4_mlp_wo")),
-    ("modelopt", "int4", (("block", "32"),)),
-    ("modelopt", "w4a8_awq", (("block", "32"),)),
-    ("modelopt", "nvfp4_awq", ()),
-    ("modelopt", "nvfp4_svdquant", (("lowrank", "4"),)),
-    *(("compressed-tensors", r, ()) for r in ("fp8", "fp8_pb_wo", "nvfp4", "mxfp4", "mxfp8")),
-    *(("compressed-tensors", r, ()) for r in ("int8", "int8_wo", "fp8_pc_pt")),
-    *((t, "int4", (("block", "32"),)) for t in ("compressed-tensors", "awq", "gptq", "gptq-v1")),
-]
-
-
-@pytest.fixture(scope="module")
-def stats(root: Path) -> Path:
-    """Statistics for all of them."""
-    done = command.jqx("calibrate", root / "model", root / "stats", "--calib", root / "ids.npy")
-    assert done.code == 0, done.err
-    return root / "stats"
-
-
-@pytest.mark.parametrize(("target", "recipe", "options"), WRITTEN)
-def test_what_is_written_is_read_as_its_floats(
-    root: Path, stats: Path, tmp_path: Path, target: str, recipe: str, options: tuple
-):
-    out = tmp_path / "out"
-    ji.ptq(root / "model", out, recipe, stats=stats, target=target, options=options)
-    source = as_floats(open_checkpoint(out))
-    assert isinstance(source, DecodedCheckpoint)
-    found = {name: source.read(name) for name in source.tensors}
-    loaded = flatten(ji.load(out).params)
-    assert found.keys() == loaded.keys()
-    for name, leaf in loaded.items():
-        assert (found[name].shape, found[name].dtype) == (leaf.shape, BF16)
-        assert source.tensors[name].shape == leaf.shape
-        wanted = leaf
-        if isinstance(leaf, QTensor):
-            wanted = np.asarray(leaf.decode(np.float32))
-            if leaf.low_rank is not None:
-                outer, inner = (np.asarray(x, np.float32) for x in leaf.low_rank)
-                wanted = wanted + outer @ inner
-            if leaf.pre_quant_scale is not None:
-                wanted = wanted * np.asarray(leaf.pre_quant_scale, np.float32)
-        np.testing.assert_array_equal(found[name], np.asarray(wanted).astype(BF16))
-
-
-def test_every_layout_of_a_target_is_a_source():
-    assert {row.target for row in SOURCES.values()} - {None} == {
-        target.method for target in TARGETS.values()
-    }
-
-
-def test_a_quantized_checkpoint_is_quantized_again(root: Path, tmp_path: Path):
-    given = ("--calib", root / "ids.npy")
-    assert (
-        command.jqx("quantize", root / "model", tmp_path / "a", "--qformat", "fp8", *given)[0] == 0
-    )
-    done = command.jqx("quantize", tmp_path / "a", tmp_path / "b", "--qformat", "mxfp8")
-    assert done.code == 0, done.err
-    assert "; source: ModelOpt FP8, decoded" in done.out
-    foreign.put(tmp_path / "floats", small_model.CONFIG, floats(tmp_path / "a"))
-    assert (
-        command.jqx("quantize", tmp_path / "floats", tmp_path / "c", "--qformat", "mxfp8")[0] == 0
-    )
-    assert content(tmp_path / "b") == content(tmp_path / "c")
 
 
 # --- architectures that are not defined here
@@ -395,6 +196,32 @@ def test_the_tensors_of_gpt_oss(tmp_path: Path, monkeypatch):
         whole[0, 0, 0] = 1
 
 
+def test_experts_of_modelopt_are_decoded_to_be_run(tmp_path: Path):
+    name, rng = "model.layers.0.mlp.experts.down_proj", np.random.default_rng(2)
+    tensors = {
+        name: rng.integers(0, 256, (2, 16, 4)).astype(np.uint8),
+        f"{name}_weight_scale": np.ones((2, 2, 4), F8),
+        f"{name}_weight_scale_2": np.asarray(np.float32(0.5)),
+        f"{name}_input_scale": np.asarray(np.float32(0.5)),
+        "model.norm.weight": np.ones(4, BF16),
+    }
+    said = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": []}
+    config = {"model_type": "gpt_oss", "torch_dtype": "bfloat16", "quantization_config": said}
+    foreign.put(tmp_path / "model", config, tensors)
+    source = as_floats(open_checkpoint(tmp_path / "model"), run=True)
+    assert {n: t.shape for n, t in source.tensors.items()} == {
+        name: (2, 32, 4),
+        "model.norm.weight": (4,),
+    }
+
+
+def test_the_description_of_a_text_model_counts():
+    said = {"text_config": {"quantization_config": FP8_BLOCKS, "hidden_size": 4}, "model_type": "a"}
+    assert title_of(said) == "FP8, 128x128 blocks"
+    assert without_description(said) == {"text_config": {"hidden_size": 4}, "model_type": "a"}
+    assert title_of(without_description(said)) is None
+
+
 # --- plans and inspection
 
 
@@ -426,72 +253,3 @@ def test_only_scales_are_read_before_the_work(root: Path, monkeypatch):
     monkeypatch.setattr(decoding, "_decode", refuse)
     prepare(root / "fp8", "mxfp8", Settings())
     prepare(root / "mxfp4", "mxfp8", Settings())
-
-
-# --- memory
-
-
-def test_one_weight_is_decoded_at_a_time(root: Path, monkeypatch):
-    """Linears that share a scale are read twice, and never held together."""
-    job = prepare(root / "fp8", "w4a16_nvfp4", Settings())
-    plain, alive, most = DecodedCheckpoint._floats, weakref.WeakSet(), []
-
-    def floats(self, weight, arrays):
-        found = np.array(plain(self, weight, arrays)).view(Watched)
-        alive.add(found)
-        most.append(len(alive))
-        return found
-
-    monkeypatch.setattr(DecodedCheckpoint, "_floats", floats)
-    for group in linear_groups(job, job.inventory.tensors):
-        for _ in stored_group(job, group):
-            pass
-    assert len(most) == 2 * (2 * 5 + 2)  # q, k, v, gate and up twice
-    assert max(most) == 1
-
-
-class Watched(np.ndarray):
-    """An array that may be referred to weakly, and hashed."""
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-def test_pages_of_all_parts_are_let_go(root: Path, monkeypatch):
-    released = []
-    monkeypatch.setattr(MappedTensors, "release", lambda self, name: released.append(name))
-    source = as_floats(open_checkpoint(root / "fp8"))
-    name = "model.layers.0.mlp.up_proj.weight"
-    source.release(name)
-    source.release("model.norm.weight")
-    assert released == [name, f"{name}_scale_inv", "model.norm.weight"]
-
-
-# --- integers that QTensors do not hold
-
-
-@pytest.mark.parametrize(("bits", "ordered"), [(8, True), (4, False)], ids=["8 bits", "desc_act"])
-def test_gptq_that_is_decoded_to_be_run(root: Path, tmp_path: Path, bits: int, ordered: bool):
-    tensors = floats(root / "model")
-    index = np.random.default_rng(0).permutation(np.arange(64, dtype=np.int32) // 32)
-    path = "model.layers.0.self_attn.q_proj"
-    rng = np.random.default_rng(1)
-    codes, zeros = (rng.integers(1, 1 << bits, s).astype(np.uint8) for s in ((64, 64), (64, 2)))
-    scale = (rng.random((64, 2)) * 0.01).astype(np.float16)
-    del tensors[f"{path}.weight"]
-    tensors |= {
-        f"{path}.qweight": foreign.stream(codes, bits).T.copy(),
-        f"{path}.qzeros": foreign.stream((zeros - 1).T, bits),
-        f"{path}.scales": scale.T.copy(),
-        f"{path}.g_idx": np.arange(64, dtype=np.int32) // 32 if ordered else index,
-    }
-    said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": not ordered}
-    config = {**small_model.CONFIG, "quantization_config": said}
-    foreign.put(tmp_path / "model", config, tensors)
-    index = tensors[f"{path}.g_idx"]
-    wanted = foreign.integers(codes, zeros, scale, index).astype(BF16)
-    params = flatten(ji.load(tmp_path / "model").params)
-    np.testing.assert_array_equal(params[f"{path}.weight"], wanted)
-    saying = (f"is GPTQ INT{bits}", "jqx quantize --target compressed-tensors")
-    given = ("export", tmp_path / "model", tmp_path / "out", "--target", "compressed-tensors")
-    command.refused(*given, saying=saying)

@@ -41,7 +41,8 @@ class Coverage:
         """One line for people: how much was quantized, and which linears were not."""
         text = f"{self.share:.1%} of {self.parameters:,} parameters quantized"
         text += f" in {self.linears} linears"
-        kept = f", {self.kept} linears kept as they were" if self.kept else ""
+        count = "1 linear" if self.kept == 1 else f"{self.kept} linears"
+        kept = f", {count} kept as stored" if self.kept else ""
         source = "" if self.source is None else f"; source: {self.source}, decoded{kept}"
         if not self.left:
             return f"{text}; no linear was left out{source}"

@@ -12,7 +12,7 @@ from jqx.tensors import QTensor
 
 from .weight import Arrays, Found, Given, Weight, decoded
 
-SCALE, OUTER = "_weight_scale", "_weight_scale_2"
+SCALE, OUTER, INPUT = "_weight_scale", "_weight_scale_2", "_input_scale"
 FUSED = ("gate_up_proj_weight_scale", "down_proj_weight_scale")
 """Endings of names by which such experts are known."""
 
@@ -28,6 +28,8 @@ def fused_weights(given: Given) -> Found:
             continue
         codes, scale = given.tensors[base], given.tensors[name]
         parts = {"codes": base, "scale": name}
+        if base + INPUT in given.tensors:
+            parts["input_scale"] = base + INPUT
         if codes.dtype == "F8_E4M3" and len(codes.shape) == 3:
             good = scale.shape in ((), (1,))
             needed, blocks = "[]", None

@@ -61,7 +61,9 @@ def linears(given: Given, target: Target) -> Found:
 
 
 def _any_order(said: Mapping[str, Any]) -> dict[str, Any]:
-    """A description without the order of columns, which the tensors tell."""
+    """A description without what the tensors tell, the order of columns and zero points, and
+    without those of inputs, which are left behind.
+    """
     groups = said.get("config_groups")
     if not isinstance(groups, Mapping):
         return dict(said)
@@ -69,10 +71,14 @@ def _any_order(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unordered(group: Any) -> Any:
-    weights = group.get("weights") if isinstance(group, Mapping) else None
-    if not isinstance(weights, Mapping):
+    if not isinstance(group, Mapping):
         return group
-    return {**group, "weights": {k: v for k, v in weights.items() if k != "actorder"}}
+    changed = {}
+    for part in ("weights", "input_activations"):
+        if isinstance(said := group.get(part), Mapping):
+            rest = {k: v for k, v in said.items() if k != "actorder"}
+            changed[part] = {**rest, "symmetric": True}
+    return {**group, **changed}
 
 
 def matrix_shape(given: Given, path: str) -> Shape | None:
@@ -111,6 +117,10 @@ def _problems(
     expected = linear_tensors(have, path, choice, (shape, given.dtype), target)
     for tensor in laid_outputs(given.spec, path, expected):
         yield from differs(have.get(tensor.name), tensor)
+    zeros, n = have.get(f"{path}.{ZERO_POINT}"), shape[0]
+    good = zeros is None or zeros.dtype == "I32"  # packed, and looked at above
+    if zeros and not good and (zeros.dtype, zeros.shape) not in (("I8", (n,)), ("I8", (n, 1))):
+        yield f"tensor {zeros.name} is {zeros.dtype} {zeros.shape}, not I8 {(n, 1)}"
     if (order := f"{path}.{ORDER}") in have:
         blocks = have[f"{path}.{target.scale}"].shape[-1]
         problem = "" if have[order].shape == (shape[1],) else f"tensor {order} is not [{shape[1]}]"
@@ -122,10 +132,11 @@ def _weight(given: Given, target: Target, path: str, choice: Choice, shape: Shap
     leaves = (*target.leaves, ORDER)
     parts = {leaf: n for leaf in leaves if (n := f"{path}.{leaf}") in given.tensors}
     turned = is_turned(given.spec, path)
+    alone = ZERO_POINT in parts and "weight_packed" not in parts  # zero points that share no words
     exact = {leaf: given.notes[n] for leaf in SCALARS if (n := f"{path}.{leaf}") in given.notes}
 
     def stored(arrays: Arrays) -> QTensor:
-        arrays = {**arrays, **exact}
+        arrays = {k: a for k, a in {**arrays, **exact}.items() if not (alone and k == ZERO_POINT)}
         if "weight" in arrays:
             arrays["weight"] = straight(given.spec, path, arrays["weight"])
         return target.gathered(arrays, choice, shape, given.dtype)
@@ -141,20 +152,22 @@ def _weight(given: Given, target: Target, path: str, choice: Choice, shape: Shap
         shape=shape[::-1] if turned else shape,
         parts=parts,
         floats=floats,
-        choice=None if ORDER in parts else choice,
-        stored=None if ORDER in parts else stored,
+        choice=None if alone or ORDER in parts else choice,
+        stored=None if alone or ORDER in parts else stored,
     )
 
 
 def _integers(q: QTensor, arrays: Arrays) -> np.ndarray:
-    """Packed integers with zero points, or with columns in another order."""
+    """Integers with zero points, or with columns in another order."""
     n, k = q.shape
     codes = decoded(q.replace(scale=np.ones_like(q.scale), low_rank=None), np.dtype(np.float32))
     scale = np.asarray(q.scale, np.float32)
     index = arrays.get(ORDER, np.arange(k) // (k // scale.shape[1]))
-    bits = q.format.element.bits
-    zeros = zeros_of(arrays, bits, n) if ZERO_POINT in arrays else np.zeros_like(scale)
-    return (codes - zeros.astype(np.float32)[:, index]) * scale[:, index]
+    zeros = arrays.get(ZERO_POINT, np.zeros(scale.shape, np.int8))
+    if zeros.dtype == np.int32:
+        zeros = zeros_of(arrays, q.format.element.bits, n)
+    wide = np.broadcast_to(zeros.astype(np.float32).reshape(n, -1), scale.shape)
+    return (codes - wide[:, index]) * scale[:, index]
 
 
 def plain(q: QTensor, dtype: np.dtype) -> np.ndarray:
