@@ -91,21 +91,6 @@ def test_without_data_every_expert_is_quantized(kind: str, tmp_path: Path):
         np.testing.assert_array_equal(array.view(np.uint8), arrays(again)[name].view(np.uint8))
 
 
-@pytest.mark.parametrize("kind", FUSED)
-def test_experts_in_one_tensor_are_not_left_out_quietly(kind: str, tmp_path: Path):
-    folder = written(tmp_path / "model", kind)
-    saying = ("keeps its experts in one tensor", kind)
-    refused("quantize", folder, tmp_path / "out", "--qformat", DATA_FREE, saying=saying)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_format_that_needs_inputs_of_experts_is_refused(tmp_path: Path):
-    folder = written(tmp_path / "model", "mixtral")
-    given = ("--qformat", "nvfp4", "--calib", tmp_path / "ids.npy")
-    saying = ("inputs of experts are not calibrated here yet", "'mixtral'")
-    refused("quantize", folder, tmp_path / "out", *given, saying=saying)
-
-
 def test_layers_that_predict_further_tokens_stay_as_they_are(tmp_path: Path):
     folder = written(tmp_path / "model", "deepseek_v3")
     draw = np.random.default_rng(0)

@@ -131,7 +131,8 @@ class MixtureRun:
                 if "histogram" in (kind for path in readers for kind in job.wanted(path)):
                     raise InputError(
                         f"{readers[0]}: histograms of inputs are not taken of experts, "
-                        "whose inputs share one scale: take --algorithm max, or leave them out of the recipe"
+                        "whose inputs share one scale: take --algorithm max, or leave them out of "
+                        "the recipe"
                     )
         whole = frozenset(name for own in self._leaders for name in own)
         self._program = ExpertProgram(job.spec, kind, self._compute, job.dtype.name, whole)
