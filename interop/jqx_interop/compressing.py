@@ -21,6 +21,7 @@ from jqx.tensors.stacks import stacked
 
 from .checkpoints import open_checkpoint
 from .job import Job, decide
+from .mixtures import refuse_experts
 from .orientation import turned
 from .recipe_files import recipe_of
 from .searched import Search
@@ -39,6 +40,7 @@ def read_compressed(model: str | Path, recipe: Any) -> tuple[Source, dict[str, A
     """
     job = decide(open_checkpoint(model), recipe_of(recipe), Settings(), in_memory=True)
     assert job.spec is not None
+    refuse_experts(job.spec, Settings(), calibrated=False)
     _refuse_calibrated(job)
     spec = replace(job.spec, kv_cache=job.kv)
     source = Source(checkpoint=job.checkpoint, spec=spec, choices={}, dtype=job.dtype)
