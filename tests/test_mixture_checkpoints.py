@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from tiny_families import IDS, MIXTURES, ONE_EACH, spec_of
 
 import jqx_interop as ji
+from jqx import InputError
 from jqx.models import Experts
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
@@ -91,6 +92,13 @@ def test_without_data_every_expert_is_quantized(kind: str, tmp_path: Path):
         np.testing.assert_array_equal(array.view(np.uint8), arrays(again)[name].view(np.uint8))
 
 
+@pytest.mark.parametrize("kind", FUSED)
+def test_experts_in_one_tensor_are_not_left_out_quietly(kind: str, tmp_path: Path):
+    folder = written(tmp_path / "model", kind)
+    with pytest.raises(InputError, match="keeps its experts in one tensor"):
+        ji.load(folder, quantize=DATA_FREE)
+
+
 def test_layers_that_predict_further_tokens_stay_as_they_are(tmp_path: Path):
     folder = written(tmp_path / "model", "deepseek_v3")
     draw = np.random.default_rng(0)
@@ -107,7 +115,13 @@ def test_layers_that_predict_further_tokens_stay_as_they_are(tmp_path: Path):
         np.testing.assert_array_equal(found[name], array)
     said = (tmp_path / "out" / "hf_quant_config.json").read_text()
     assert '"model.layers.3*"' in said
-    assert np.isfinite(logits(ji.load(tmp_path / "out"))).all()
+    model = ji.load(tmp_path / "out")
+    assert np.isfinite(logits(model)).all()
+    ji.save(model, tmp_path / "again")
+    for name, array in arrays(tmp_path / "again").items():
+        np.testing.assert_array_equal(array.view(np.uint8), found[name].view(np.uint8))
+    assert set(arrays(tmp_path / "again")) == set(found)
+    assert (tmp_path / "again" / "hf_quant_config.json").read_text() == said
     stray = {"model.layers.9.eh_proj.weight": np.ones((2, 2), BF16)}
     broken(folder, **stray)
     saying = "tensor model.layers.9.eh_proj.weight is not part of the model"

@@ -94,7 +94,7 @@ def take_inventory(checkpoint: Checkpoint, spec: ModelSpec | None) -> Inventory:
     ranks.
     """
     names = _known_order(checkpoint, spec) if spec else _by_name(checkpoint)
-    carried = _carried(checkpoint, spec, names)
+    carried = carried_tensors(checkpoint, spec) if spec else []
     units = _units(names)
     blocks = _place_blocks(spec, units) if spec else []
     modules = tuple(_modules(checkpoint, names, spec))
@@ -108,15 +108,15 @@ def take_inventory(checkpoint: Checkpoint, spec: ModelSpec | None) -> Inventory:
         blocks=tuple(blocks),
         absent=_absent_head(checkpoint, spec, names),
         carried=frozenset(carried),
-        others=tuple(_matrices(checkpoint, carried)),
+        others=tuple(matrices(checkpoint, carried)),
     )
 
 
-def _carried(checkpoint: Checkpoint, spec: ModelSpec | None, names: list[str]) -> list[str]:
+def carried_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
     """Tensors of other models in the same files, in natural order."""
-    globs, known = () if spec is None else spec.names.carried, set(names)
+    globs = spec.names.carried
     found = [n for n in checkpoint.tensors if any(fnmatchcase(n, glob) for glob in globs)]
-    return sorted((name for name in found if name not in known), key=natural_key)
+    return sorted(found, key=natural_key)
 
 
 def _known_order(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
@@ -145,7 +145,7 @@ def same_tensor(checkpoint: Checkpoint, a: str, b: str) -> bool:
     return same
 
 
-def _matrices(checkpoint: Checkpoint, names: list[str]) -> Iterable[str]:
+def matrices(checkpoint: Checkpoint, names: list[str]) -> Iterable[str]:
     """The modules whose weights are matrices."""
     for name in names:
         path, _, leaf = name.rpartition(".")
