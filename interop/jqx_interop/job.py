@@ -170,9 +170,8 @@ class Job:
         """Whether a tensor becomes one in the dtype of the model; integers do not, nor what decides
         between experts, which transformers keeps in float32, nor tensors of other models.
         """
-        if name.endswith(KEPT) or name in self.inventory.carried:
-            return False
-        return self.checkpoint.tensors[name].dtype in FLOATS
+        kept = name.endswith(KEPT) or name in self.inventory.carried
+        return not kept and self.checkpoint.tensors[name].dtype in FLOATS
 
     @property
     def needs_kv(self) -> bool:
