@@ -94,8 +94,8 @@ def scored(
         )
     if linears_of_experts(base.spec):
         raise InputError(
-            f"model_type {base.spec.family!r} has experts, and formats of experts are not chosen by "
-            "scores yet: give them one format (jqx quantize)"
+            f"model_type {base.spec.family!r} has experts, and formats of experts are not chosen "
+            "by scores yet: give them one format (jqx quantize)"
         )
     groups = tuple(groups_of(base, plans, scoring.disabled))
     check_mix(plans, groups)
