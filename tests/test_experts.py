@@ -10,7 +10,7 @@ import pytest
 from tiny_families import IDS, params_of, spec_of
 
 from jqx import models
-from jqx.models import FLOAT32, Experts
+from jqx.models import COMPUTES, FLOAT32, Experts
 from jqx.models.experts import GROUPINGS, Routed, tiles_of
 from jqx.models.layers import Inside, module
 from jqx.models.stores import member, stacks
@@ -84,8 +84,7 @@ def test_groups_of_rows_are_as_tiles_of_rows(case):
     given = models.front(spec, kind, params, h, positions).given
     inside = Inside(spec.names, params, FLOAT32)
     inside = inside._replace(params=stacks(kind.mlp, spec.names, params))
-    with jax.numpy_rank_promotion("allow"):
-        tiles, groups = (f(kind.mlp, inside, given) for f in GROUPINGS.values())
+    tiles, groups = (f(kind.mlp, inside, given) for f in GROUPINGS.values())
     np.testing.assert_allclose(tiles, groups, rtol=0, atol=1e-5 * float(jnp.std(groups)))
 
 
@@ -168,7 +167,10 @@ def test_stored_stacks_run_as_what_they_stand_for(fmt):
     for t in (IDS.shape[1], 1):
         given = h[:, :t], positions[:, :t]
         got = models.block(spec, kind, stored, *given)
-        np.testing.assert_allclose(got, models.block(spec, kind, plain, *given), atol=2e-5)
+        wanted = models.block(spec, kind, plain, *given)
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
+        in_groups = models.block(spec, kind, stored, *given, COMPUTES["float32", "accelerator"])
+        np.testing.assert_allclose(in_groups, wanted, atol=2e-5)
     d = [
         jax.vjp(lambda h, p=p: models.block(spec, kind, p, h, positions), h)[1](h)[0]
         for p in (stored, plain)
