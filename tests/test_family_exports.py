@@ -32,6 +32,7 @@ class Row(NamedTuple):
     options: str
     engines: tuple[str, ...]
     farthest: float
+    of_experts: bool = True
 
 
 FORMATS = {
@@ -41,7 +42,7 @@ FORMATS = {
     "int4_awq": Row("int4_awq --set block=32", (), 0.6),
     "w4a8_awq": Row("w4a8_awq --set block=32", (), 0.6),
     "fp8-kv": Row("fp8 --kv-cache fp8", ("vllm", "sglang", "trtllm"), 0.3),
-    "int8_sq-folded": Row("int8_sq --target compressed-tensors", ("vllm",), 0.4),
+    "int8_sq-folded": Row("int8_sq --target compressed-tensors", ("vllm",), 0.4, of_experts=False),
     "int4_awq-folded": Row("int4_awq --set block=32 --target awq", ("vllm",), 0.6),
 }
 OTHER_EXPERTS = 0.2
@@ -101,7 +102,7 @@ def check_stored(source: Path, out: Path, name: str) -> None:
     assert (again / weights).read_bytes() == (out / weights).read_bytes()
     said = json.loads(run("inspect", out, "--engine", "all", "--json").out)
     assert said["faults"] == []
-    for engine in row.engines:
+    for engine in row.engines if row.of_experts or model.spec.family not in MIXTURES else ():
         assert said["engines"][engine]["loads"], said["engines"][engine]["problems"]
 
 

@@ -107,12 +107,11 @@ def test_the_command_names_engines(tmp_path, whole):
     experts = [x for x in plan["linears"] if ".experts." in x["path"]]
     assert len(experts) == 2 * 8 * 3
     assert plan["tokens"] == 512 * 512
-    assert "a run would be refused: the inputs of experts" in plan["notes"][1]
+    assert len(plan["notes"]) == 1
     assert plan["source_bytes"] > plan["output_bytes"] > plan["source_bytes"] / 4
     code, out, _ = jqx("quantize", given, "--plan", "--qformat", "fp8_pc_pt")
     assert code == 0
     assert "no weights are here" in out
-    assert "would be refused" not in out
 
 
 def test_a_plan_of_a_family_counts_its_calibration(tmp_path):

@@ -2,7 +2,7 @@
 """What one run will do, decided before it begins, from config.json and tensor headers."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,6 @@ from .checkpoints import (
     Checkpoint,
     TensorOut,
     check_tensors,
-    dtype_name,
     model_dtype,
     open_checkpoint,
 )
@@ -43,12 +42,12 @@ from .inventory import FLOATS, KEPT, Inventory, Module, take_inventory
 from .keeping import kept_linears, kept_outputs
 from .orientation import laid, laid_outputs
 from .outlines import open_outline
+from .outputs import outputs_of
 from .settings import Settings
 from .sources import as_floats
 from .targets import (
     TARGETS,
     Target,
-    companions,
     find_algo,
     input_factor,
     low_rank_factors,
@@ -249,7 +248,7 @@ def prepare(
         )
     if not planned:
         job.checkpoint.check_numbers()
-    return dataclasses.replace(job, outputs=tuple(_outputs(job)))
+    return dataclasses.replace(job, outputs=tuple(outputs_of(job)))
 
 
 def decide(
@@ -336,27 +335,3 @@ def _refuse_unreached(job: Job) -> None:
                 f"the inputs of {path} are not calibrated here, only those of linears in blocks; "
                 "quantize its weight alone, leave it out, or record its inputs for --activations"
             )
-
-
-def _outputs(job: Job) -> Iterable[TensorOut]:
-    """Every tensor of the destination in the order of a torch state_dict."""
-    after = _companions(job)
-    for name in job.inventory.tensors:
-        path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and path in job.described:
-            yield job.linear_outputs(path)[0]
-        else:
-            info = job.checkpoint.tensors[name]
-            dtype = dtype_name(job.dtype) if job.cast(name) else info.dtype
-            yield TensorOut(name, dtype, tuple(info.shape))
-        yield from after.get(name, ())
-
-
-def _companions(job: Job) -> dict[str, list[TensorOut]]:
-    """Tensor name -> scales that follow it: those of a linear after its last parameter, KV scales
-    last of all.
-    """
-    groups = {path: job.linear_outputs(path)[1:] for path in job.described}
-    for attention in job.attentions if job.needs_kv else ():
-        groups[attention.path] = job.kv_outputs(attention)
-    return companions(job.inventory.tensors, groups)

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqx.algorithms.table import ALGORITHMS, applicable
-from jqx.errors import InputError
 from jqx.formats import find_format
 from jqx.models import Attention, BlockKind, Experts, Mlp, ModelSpec, block_shapes
 from jqx.tensors.paths import owner_of
@@ -30,7 +29,6 @@ from .device import callers, compute_of
 from .engines import Verdict, engines_for
 from .families import context_of
 from .job import Job
-from .mixtures import refuse_experts
 from .report import Coverage, coverage_of
 from .weights import CHUNK, encode_weight, linear_groups
 
@@ -127,15 +125,9 @@ def _source_bytes(job: Job) -> int:
 
 
 def _notes(job: Job) -> Iterator[str]:
-    """What to know of a plan that is made of a config.json alone, or that cannot be carried out
-    yet.
-    """
+    """What to know of a plan that is made of a config.json alone."""
     if job.outlined:
         yield f"no weights are here: this is what {job.dtype.name} ones by config.json would give"
-    try:
-        refuse_experts(job.spec, job.settings, job.needs_inputs or job.needs_kv)
-    except InputError as error:
-        yield f"a run would be refused: {error}"
 
 
 def tokens_of(job: Job) -> int:
