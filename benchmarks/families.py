@@ -27,7 +27,7 @@ from jqx_interop.runner import Program, block_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from tiny_families import CONFIGS, ONE_EACH  # noqa: E402
+from tiny_families import CONFIGS, DENSE, ONE_EACH  # noqa: E402
 
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_kv_heads")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
@@ -80,14 +80,14 @@ class Calibration:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("family", nargs="*", help="model types (default: all)")
+    p.add_argument("family", nargs="*", help="model types (default: all without experts)")
     p.add_argument("--width", type=int, default=512)
     p.add_argument("--tokens", type=int, default=512)
     p.add_argument("--runs", type=int, default=15)
     a = p.parse_args()
     base = Calibration(_llama(a), a.tokens)
     print("| family | ms | Llama | time | products |\n| --- | --- | --- | --- | --- |")
-    for family in a.family or ONE_EACH:
+    for family in a.family or DENSE:
         mine = Calibration(config_of(ONE_EACH[family], a.width), a.tokens)
         pairs = [(mine.seconds(), base.seconds()) for _ in range(a.runs + 2)][2:]
         fastest, its = (1000 * min(each) for each in zip(*pairs, strict=True))

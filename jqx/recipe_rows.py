@@ -236,6 +236,15 @@ RECIPES = {
             "NVFP4 in the MLPs and the attention output",
             globs=("*o_proj*", *FEED_FORWARD),
         ),
+        replace(
+            _recipe(
+                "nvfp4_deepseek",
+                "nvfp4 nvfp4",
+                "what ModelOpt's DeepSeek script does: nvfp4_omlp_only, keys and values in FP8",
+                globs=("*o_proj*", *FEED_FORWARD),
+            ),
+            kv_cache="fp8_cast",
+        ),
         _recipe(
             "nvfp4_experts_only NVFP4_EXPERTS_ONLY_CFG",
             "nvfp4 nvfp4",

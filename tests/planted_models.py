@@ -59,20 +59,20 @@ V = K.replace("k_proj", "v_proj")
 MODEL_FAULTS = {
     # models whose names and shapes are known
     "an expert that is missing": Fault(
-        "qwen-moe", change_all(f"{GONE}.", lambda a: None), "outline", f"{EXPERT}.weight"
+        "qwen-moe", change_all(f"{GONE}.", lambda a: None), "missing-tensor", f"{EXPERT}.weight"
     ),
     "an attention that is missing": Fault(
-        "qwen-moe", change_all(f"{Q}.", lambda a: None), "outline", f"{Q}.weight"
+        "qwen-moe", change_all(f"{Q}.", lambda a: None), "missing-tensor", f"{Q}.weight"
     ),
     "a norm of another size": Fault(
         "qwen-moe",
         change("model.norm.weight", lambda a: a[:7].copy()),
-        "outline",
+        "shape",
         "model.norm.weight has shape [7]",
     ),
     "an expert of another size": Fault("qwen-moe", smaller, "shape", f"{EXPERT}.weight"),
     "a layer too many": Fault(
-        "qwen-moe", copied("model.layers.1", "model.layers.2"), "outline", "layers.2.self_a"
+        "qwen-moe", copied("model.layers.1", "model.layers.2"), "unknown-tensor", "layers.2.self_a"
     ),
     "a linear too many": Fault(
         "nvfp4", copied(UP, f"{UP[:-7]}foo_proj"), "unknown-tensor", f"{UP[:-7]}foo_proj.weight"

@@ -468,9 +468,3 @@ FUNCTIONS: dict[str, Callable[[Config, Tensors, np.ndarray], np.ndarray]] = {
     "phi3small": phi3small,
 }
 """model_type -> logits of a sequence."""
-
-
-def logits(config: Config, tensors: Tensors, ids: np.ndarray) -> np.ndarray:
-    """Float64 logits of sequences [batch, length]."""
-    run = FUNCTIONS[config["model_type"]]
-    return np.stack([run(config, tensors, row) for row in ids])

@@ -126,6 +126,7 @@ def qwen_moe(folder: Path) -> Path:
             found[f"model.layers.{i}.{name}.weight"] = np.ones(size, np.float16)
     write(folder, found | {"model.norm.weight": np.ones(64, np.float16)})
     sizes = {"vocab_size": 96, "num_attention_heads": 2, "num_hidden_layers": 2, "num_experts": 4}
+    sizes |= {"num_experts_per_tok": 2}
     sizes |= dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 64)
     said = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(said | sizes | {"model_type": "qwen3_moe"}))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import make_families
-from tiny_families import ONE_EACH
+from tiny_families import DENSE, ONE_EACH
 from whole_model import Whole
 
 from jqx_interop.auto import Scoring, scored
@@ -18,7 +18,7 @@ from jqx_interop.settings import Settings
 FORMATS = ("nvfp4", "fp8")
 SOME = ("gpt2", "opt", "falcon", "gemma2", "phi3")
 ALL = [
-    pytest.param(kind, marks=() if kind in SOME else pytest.mark.slow, id=kind) for kind in ONE_EACH
+    pytest.param(kind, marks=() if kind in SOME else pytest.mark.slow, id=kind) for kind in DENSE
 ]
 
 

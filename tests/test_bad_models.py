@@ -74,7 +74,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "a missing tensor": (_tensor_missing, (f"{DOWN}.weight", "missing")),
     "another tensor": (_tensor_extra, ("model.surprise.weight", "not part of the model")),
     "a wrong shape": (_wrong_shape, (f"{DOWN}.weight", "(128, 128)", "(128, 256)")),
-    "quantized already": (_quantized, ("already quantized", "'gptq'", "original")),
+    "quantized by its word alone": (_quantized, ("says integers", "no linear has a qweight")),
 }
 
 
@@ -90,13 +90,6 @@ def test_a_model_that_is_not_there(here: Path):
     )
     untouched(
         here, "quantize", f"{MODEL}/{WEIGHTS}", "out", saying=(WEIGHTS, "is a file", "directory")
-    )
-
-
-def test_an_export_is_no_source(here: Path):
-    assert command.jqx("quantize", MODEL, "first", "--qformat", "mxfp8").code == 0
-    untouched(
-        here, "quantize", "first", "second", saying=("first", "already quantized", "'modelopt'")
     )
 
 

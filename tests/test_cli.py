@@ -24,6 +24,7 @@ from jqx.recipes import RECIPES
 from jqx_interop import tables
 from jqx_interop.cli.console import duration, size
 from jqx_interop.families import FAMILIES
+from jqx_interop.sources import SOURCES
 from jqx_interop.targets import TARGETS
 
 
@@ -220,8 +221,9 @@ def test_descriptions_are_compared_but_for_their_producer(root: Path, tmp_path: 
         ("recipes", tables.recipe_rows, RECIPES),
         ("families", tables.family_rows, FAMILIES),
         ("targets", tables.target_rows, TARGETS),
+        ("sources", tables.stored_rows, SOURCES),
     ],
-    ids=["formats", "recipes", "families", "targets"],
+    ids=["formats", "recipes", "families", "targets", "sources"],
 )
 def test_a_table_has_a_row_for_every_name(command: str, rows, names: dict):
     code, out, err = jqx(command)

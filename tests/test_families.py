@@ -125,7 +125,7 @@ def test_gemma_is_tied_scaled_and_uses_the_gelu_it_was_trained_with():
     [
         (
             {"model_type": "lama"},
-            ["unknown model_type 'lama'", "nearest: llama", "known: baichuan, "],
+            ["unknown model_type 'lama'", "nearest: llama", "known: arctic, "],
         ),
         ({"model_type": "zzz"}, ["unknown model_type 'zzz'; known: "]),
         ({"model_type": None}, ["no model_type"]),
@@ -175,6 +175,7 @@ def test_keys_that_change_nothing_are_let_through(model_type):
     assert spec_from_config(bookkeeping | config) == spec_from_config(config)
 
 
+DEEPSEEK = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 UNREAD = {
     "attn_logit_softcapping": 50.0,
     "attention_multiplier": 0.5,
@@ -200,7 +201,19 @@ READ = {
     "stablelm": {"use_parallel_residual", "qk_layernorm"},
     "phi": {"qk_layernorm"},
     "nemotron-nas": {"block_configs"},
+    "olmoe": {"clip_qkv"},
+    "granitemoe": {"attention_multiplier", "residual_multiplier"},
+    **dict.fromkeys(DEEPSEEK, {"n_routed_experts", "kv_lora_rank"}),
+    **dict.fromkeys(("llama4_text", "llama4"), {"attention_chunk_size"}),
 }
+
+
+def changed(case, changes):
+    """The config of a case, changed where it says something of text."""
+    config = CONFIGS[case]
+    if "text_config" not in config or "quantization_config" in changes:
+        return {**config, **changes}
+    return {**config, "text_config": {**config["text_config"], **changes}}
 
 
 @pytest.mark.parametrize("key", UNREAD)
@@ -208,7 +221,7 @@ READ = {
 def test_what_other_families_have_is_refused_by_name(model_type, key):
     if key not in READ.get(model_type, ()):
         with pytest.raises(InputError, match=key):
-            spec_from_config({**CONFIGS[ONE_EACH[model_type]], key: UNREAD[key]})
+            spec_from_config(changed(ONE_EACH[model_type], {key: UNREAD[key]}))
 
 
 @pytest.mark.parametrize(
@@ -227,6 +240,32 @@ def test_what_other_families_have_is_refused_by_name(model_type, key):
         ("phi3", {"rope_scaling": {"type": "longrope"}}, ["lacks short_factor, long_factor"]),
         ("phi3_long", {"partial_rotary_factor": 0.5}, ["4 numbers short_factor for 2 pairs"]),
         ("opt", {"layer_norm_elementwise_affine": False}, ["layer_norm_elementwise_affine"]),
+        ("mixtral", {"num_experts_per_tok": 6}, ["'mixtral'", "6 experts of 5"]),
+        ("mixtral", {"num_local_experts": 0}, ["num_local_experts = 0"]),
+        ("mixtral", {"num_local_experts": 10**9}, ["1000000000 experts", "no model has more"]),
+        ("mixtral", {"n_shared_experts": 2}, ["n_shared_experts = 2", "'mixtral'", "0"]),
+        ("mixtral", {"norm_topk_prob": True}, ["norm_topk_prob = True", "'mixtral'"]),
+        ("qwen3_moe", {"moe_intermediate_size": None}, ["lacks moe_intermediate_size"]),
+        ("qwen3_moe", {"mlp_only_layers": 3}, ["mlp_only_layers 3, not a list of layers"]),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, ["decoder_sparse_step = 0"]),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, ["shared_expert_intermediate_size"]),
+        ("qwen2_moe", {"layer_types": None}, ["use_sliding_window", "without layer_types"]),
+        ("qwen2_moe", {"shared_expert_intermediate_size": "x"}, ["= 'x'"]),
+        ("phimoe", {"num_experts_per_tok": 3}, ["num_experts_per_tok = 3", "supported: 2"]),
+        ("deepseek_v2", {"norm_topk_prob": True}, ["norm_topk_prob = True", "False"]),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, ["scoring_func = 'sigmoid'", "softmax"]),
+        ("deepseek_v3", {"scoring_func": "softmax"}, ["scoring_func = 'softmax'", "sigmoid"]),
+        ("deepseek_v3", {"topk_method": "greedy"}, ["topk_method = 'greedy'", "noaux_tc"]),
+        ("deepseek_v3", {"n_group": 3}, ["8 experts in 3 groups"]),
+        ("deepseek_v3", {"topk_group": 1}, ["3 experts from 1 of 4 groups of 2"]),
+        ("deepseek_v3", {"kv_lora_rank": None}, ["lacks kv_lora_rank"]),
+        ("llama4_text", {"attention_chunk_size": 0}, ["attention_chunk_size 0, no positive"]),
+        ("llama4_text", {"no_rope_layers": [1, 0]}, ["no_rope_layers has 2 entries for 4 layers"]),
+        ("llama4", {"text_config": None}, ["'llama4' has no object text_config"]),
+        ("dbrx", {"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, ["ffn_act_fn", "silu"]),
+        ("dbrx", {"ffn_config": {"moe_top_k": 9}}, ["9 experts of 4"]),
+        ("dbrx", {"attn_config": {"kv_n_heads": 0}}, ["attn_config kv_n_heads = 0"]),
+        ("arctic", {"use_residual": False}, ["parallel_attn_mlp_res = True", "both or none"]),
     ],
 )
 def test_what_a_family_does_not_have_is_refused_by_name(case, changes, words):

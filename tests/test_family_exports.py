@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from command import jqx as run
 from golden import make_families
-from tiny_families import ONE_EACH
+from tiny_families import DENSE, MIXTURES, ONE_EACH
 
 import jqx
 import jqx_interop as ji
@@ -32,6 +32,7 @@ class Row(NamedTuple):
     options: str
     engines: tuple[str, ...]
     farthest: float
+    of_experts: bool = True
 
 
 FORMATS = {
@@ -41,11 +42,14 @@ FORMATS = {
     "int4_awq": Row("int4_awq --set block=32", (), 0.6),
     "w4a8_awq": Row("w4a8_awq --set block=32", (), 0.6),
     "fp8-kv": Row("fp8 --kv-cache fp8", ("vllm", "sglang", "trtllm"), 0.3),
-    "int8_sq-folded": Row("int8_sq --target compressed-tensors", ("vllm",), 0.4),
+    "int8_sq-folded": Row("int8_sq --target compressed-tensors", ("vllm",), 0.4, of_experts=False),
     "int4_awq-folded": Row("int4_awq --set block=32 --target awq", ("vllm",), 0.6),
 }
+OTHER_EXPERTS = 0.2
+"""How much farther they may be where some tokens go to other experts."""
+
 assert set(PROVED) <= set(FORMATS)
-FAMILIES = list(ONE_EACH)
+FAMILIES = [*DENSE, *MIXTURES]
 ALL = list(itertools.product(FAMILIES, FORMATS))
 TURNS = [pair for i, pair in enumerate(ALL) if i % len(FORMATS) == i // len(FORMATS) % len(FORMATS)]
 """A format for every family, in turns: the rest takes minutes."""
@@ -89,7 +93,7 @@ def check_stored(source: Path, out: Path, name: str) -> None:
     model, plain = ji.load(out), logits(ji.load(source))
     got = logits(model)
     far = np.mean(np.abs(got - plain)) / np.std(plain)
-    assert 1e-4 < far < row.farthest
+    assert 1e-4 < far < row.farthest + OTHER_EXPERTS * (model.spec.family in MIXTURES)
     target = row.options.partition("--target ")[2] or "modelopt"
     ji.save(model, out.with_name("again"), target=target)
     again = out.with_name("again")
@@ -98,7 +102,7 @@ def check_stored(source: Path, out: Path, name: str) -> None:
     assert (again / weights).read_bytes() == (out / weights).read_bytes()
     said = json.loads(run("inspect", out, "--engine", "all", "--json").out)
     assert said["faults"] == []
-    for engine in row.engines:
+    for engine in row.engines if row.of_experts or model.spec.family not in MIXTURES else ():
         assert said["engines"][engine]["loads"], said["engines"][engine]["problems"]
 
 
@@ -113,7 +117,11 @@ def test_all_formats_stored_and_read_again(originals, tmp_path: Path, kind: str,
     check_stored(originals(kind), tmp_path / "out", name)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+FUSED = ("granitemoe", "llama4_text", "llama4", "gpt_oss", "dbrx")
+"""Families whose experts lie in one tensor, which no layout has a name for."""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in FUSED])
 def test_quantized_in_memory_stored_and_read_again(originals, tmp_path: Path, kind: str):
     """By the functions that know no families: what `jqx.quantize` gives has the same logits from
     the disk.

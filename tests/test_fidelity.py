@@ -10,12 +10,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import restated
-from golden import make_families, make_models
+from golden import make_families, make_mixtures, make_models
 from tiny_families import (
     CONFIGS,
     IDS,
     ONE_EACH,
+    RECORDED,
+    RESTATED,
     answers,
     distance,
     logits_of,
@@ -45,21 +46,22 @@ def test_logits_are_those_of_another_implementation(case, record_property):
     got = logits_of(case)
     assert got.dtype == np.float32
     far = distance(case, got[:, list(places)], wanted)
-    by = "restated" if case in restated.CASES else "transformers"
+    by = "restated" if case in RESTATED else "transformers"
     record_property("told", f"{CONFIGS[case]['model_type']:13} {case:26} {far:.1e}  {by}")
     assert far <= FARTHEST
     lowest = np.finfo(np.float32).min
     assert (got[..., list(spec_of(case).unused)] == lowest).all()
 
 
-@pytest.mark.parametrize("case", [*make_models.CASES, *make_families.CASES])
+@pytest.mark.parametrize("case", [*make_models.CASES, *RECORDED])
 def test_logits_are_those_of_transformers_live(case):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     if case in make_models.CASES:
         wanted = make_models.peer_logits(CONFIGS[case], "float32")
     else:
-        wanted = make_families.peer_logits(CONFIGS[case])
+        made = make_families if case in make_families.CASES else make_mixtures
+        wanted = made.peer_logits(CONFIGS[case])
     assert distance(case, logits_of(case), wanted) <= FARTHEST
 
 
@@ -105,7 +107,7 @@ def test_padding_on_the_left_changes_nothing_for_the_tokens(case):
     assert distance(case, got[1], whole[1]) <= 1e-5
 
 
-@pytest.mark.parametrize("case", make_families.CASES)
+@pytest.mark.parametrize("case", RECORDED)
 def test_what_transformers_writes_of_a_config_means_the_same(case):
     assert spec_from_config(saved_config(case)) == spec_of(case)
 

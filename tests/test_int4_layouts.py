@@ -16,7 +16,9 @@ from test_int4_arrays import NAMES, ORDER
 
 import jqx_interop as ji
 from jqx.errors import InputError
+from jqx_interop.checkpoints import open_checkpoint
 from jqx_interop.recipe_files import read_recipe
+from jqx_interop.sources import as_floats
 from jqx_interop.stored import open_model
 
 
@@ -235,7 +237,7 @@ def test_old_descriptions_count_where_there_are_codes(made, tmp_path):
     said = json.loads(path.read_text())
     del said["quantization_config"]
     path.write_text(json.dumps(said))
-    refused("quantize", folder, tmp_path / "out", "--qformat", "fp8_pc_pt", saying="already quan")
+    assert as_floats(open_checkpoint(folder)).source == "GPTQ INT4"
     base = Path(shutil.copytree(made["base"], tmp_path / "base"))
     (base / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
     assert not open_model(base).choices

@@ -188,11 +188,6 @@ def test_recipes_that_cannot_be_loaded(root: Path, tmp_path: Path, monkeypatch, 
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_quantized_already_is_refused(root: Path):
-    with pytest.raises(InputError, match=r"fp8 is already quantized \(quant_method 'modelopt'\)"):
-        ji.load(root / "fp8", quantize="nvfp4")
-
-
 # --- calibrated afterwards
 
 

@@ -8,7 +8,7 @@ from simulated import rounded
 
 from jqx.algorithms.quadratic import gram, output_error
 from jqx.calibration.histograms import block_log2
-from jqx.calibration.moments import Wanted, add, batch_ends, results, start
+from jqx.calibration.moments import Wanted, add, add_tokens, batch_ends, results, start
 
 K, TOKENS, BLOCK = 32, 5, 16
 SIZES = (2, 3, 1)
@@ -177,3 +177,29 @@ def test_nothing_is_nothing():
 def test_ends_of_batches():
     assert batch_ends(SIZES).tolist() == [False, True, False, False, True, True]
     assert batch_ends((1,)).tolist() == [True]
+
+
+@pytest.mark.parametrize("room", [0, 3])
+def test_tokens_that_fill_an_array_count_for_nothing(room):
+    x = inputs("float32")
+    counts = (4, 1, 5, 3, 5, 2)
+    kinds = (*KINDS, "root")
+    state = start(Wanted(kinds, K, BLOCK, sum(counts)))
+    for row, count, end in zip(x, counts, batch_ends(SIZES), strict=True):
+        filled = np.concatenate([row[:count], np.full((TOKENS - count + room, K), 99, np.float32)])
+        state = add_tokens(state, filled, jnp.int32(count), jnp.asarray(end), dtype="bfloat16")
+    got = {kind: np.asarray(value) for kind, value in results(state).items()}
+    taken, means, first = [row[:count] for row, count in zip(x, counts, strict=True)], [], 0
+    for size in SIZES:
+        batch = np.abs(np.concatenate(taken[first : first + size]))
+        means.append(rounded(rounded(batch, "bfloat16").mean(0, dtype=np.float64), "bfloat16"))
+        first += size
+    flat = np.concatenate(taken)
+    assert got["tokens"] == len(flat)
+    np.testing.assert_array_equal(got["root"], flat)
+    np.testing.assert_array_equal(got["channel_amax"], rounded(np.abs(flat).max(0), "bfloat16"))
+    np.testing.assert_allclose(got["channel_mean"], np.mean(means, axis=0), rtol=1e-2)
+    np.testing.assert_allclose(got["gram"], flat.T @ flat, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(got["square"], np.square(flat).sum(0), rtol=1e-5)
+    log2 = block_log2(jnp.asarray(rounded(flat, "bfloat16")))
+    np.testing.assert_array_equal(got["block_log2"], log2)

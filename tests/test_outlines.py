@@ -14,7 +14,7 @@ from command import jqx, refused
 from jqx.models import param_shapes
 from jqx_interop.families import spec_from_config
 from jqx_interop.job import prepare
-from jqx_interop.outlines import OUTLINES, open_outline
+from jqx_interop.outlines import open_outline
 from jqx_interop.settings import Settings
 
 DEEPSEEK = {
@@ -29,8 +29,8 @@ DEEPSEEK = {
 LITE = DEEPSEEK | {
     "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048,
     "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27,
-    "num_attention_heads": 16, "n_shared_experts": 2, "n_routed_experts": 64,
-    "q_lora_rank": None, "first_k_dense_replace": 1,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2,
+    "n_routed_experts": 64, "q_lora_rank": None, "first_k_dense_replace": 1,
 }  # fmt: skip
 MIXTRAL = {
     "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
@@ -91,6 +91,7 @@ SMALL = {
     "moe_intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
     "n_shared_experts": 1, "n_routed_experts": 8, "kv_lora_rank": 64, "q_lora_rank": 128,
     "qk_rope_head_dim": 64, "v_head_dim": 64, "qk_nope_head_dim": 64, "first_k_dense_replace": 1,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 
 
@@ -105,13 +106,12 @@ def test_the_command_names_engines(tmp_path, whole):
     assert plan["engines"]["transformers"]["loads"] is False
     experts = [x for x in plan["linears"] if ".experts." in x["path"]]
     assert len(experts) == 2 * 8 * 3
-    assert plan["tokens"] == 0
-    assert "'deepseek_v3' cannot be calibrated here" in plan["notes"][1]
+    assert plan["tokens"] == 512 * 512
+    assert len(plan["notes"]) == 1
     assert plan["source_bytes"] > plan["output_bytes"] > plan["source_bytes"] / 4
     code, out, _ = jqx("quantize", given, "--plan", "--qformat", "fp8_pc_pt")
     assert code == 0
     assert "no weights are here" in out
-    assert "cannot be calibrated" not in out
 
 
 def test_a_plan_of_a_family_counts_its_calibration(tmp_path):
@@ -140,13 +140,9 @@ def test_kept_numbers_stay_wide(tmp_path):
 WRONG = {
     "a stranger": ({"model_type": "unheard"}, "unknown model_type 'unheard'"),
     "no type": ({"model_type": None}, "unknown model_type 'None'"),
-    "a size is missing": ({"kv_lora_rank": None}, "kv_lora_rank None, not a whole number"),
-    "a size is text": ({"hidden_size": "256"}, "hidden_size '256', not a whole number"),
-    "dense layers": (
-        {"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": 3},
-        "mlp_only_layers 3, not a list of layers",
-    ),
-    "too many": ({"n_routed_experts": 10**9}, "n_routed_experts 1000000000: no model has so many"),
+    "a size is missing": ({"kv_lora_rank": None}, "lacks kv_lora_rank"),
+    "a size is text": ({"hidden_size": "256"}, "hidden_size = '256'"),
+    "too many": ({"n_routed_experts": 10**9}, "1000000000 experts; no model has more than"),
 }
 
 
@@ -168,14 +164,5 @@ def test_weights_are_needed_to_run(tmp_path):
 
 def test_what_would_be_refused_is_not_planned(tmp_path):
     folder = written(tmp_path / "model", SMALL)
-    asked = ("--plan", "--qformat", "int4_awq", "--set", "block=32", "--target", "awq")
-    refused("quantize", folder, *asked, saying=("is not defined here", "--no-fold"))
     asked = ("--plan", "--qformat", "int8_smoothquant", "--low-memory")
     refused("quantize", folder, *asked, saying="--low-memory compresses weights before any input")
-
-
-def test_every_outline_is_a_model_that_is_not_defined():
-    assert "deepseek_v3" in OUTLINES
-    for kind in OUTLINES:
-        with pytest.raises(Exception, match=kind):
-            spec_from_config({"model_type": kind})

@@ -38,6 +38,7 @@ TABLES = {
     "formats": tables.format_rows,
     "families": tables.family_rows,
     "targets": tables.target_rows,
+    "quantized": tables.stored_rows,
     "kernels": kernel_rows,
     "engines": engine_rows,
     "sources": source_rows,

@@ -82,6 +82,21 @@ def test_no_recipe_touches_heads_routers_or_embeddings(row: jqx.Recipe):
     assert resolve(row.config, *experts).weight is not None
 
 
+def test_the_recipe_of_the_deepseek_script():
+    """It turns attention off, its output on again, and heads off."""
+    row = find_recipe("nvfp4_deepseek")
+    attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    inside = [f"self_attn.{name}" for name in attention]
+    inside += [f"mlp.{at}.up_proj" for at in ("experts.7", "shared_experts")]
+    inside += ["mlp.up_proj", "mlp.gate", "self_attn.indexer.wq_b"]
+    chosen = {p: resolve(row.config, f"model.layers.9.{p}.weight", "linear") for p in inside}
+    quantized = {
+        path for path, choice in chosen.items() if choice.weight == choice.input == "nvfp4"
+    }
+    assert quantized == {"self_attn.o_proj", *(p for p in inside if p.endswith("up_proj"))}
+    assert row.kv_cache == "fp8_cast"
+
+
 @ROWS
 def test_the_algorithm_of_a_recipe_is_one(row: jqx.Recipe):
     assert check_steps(row.config) == row.config

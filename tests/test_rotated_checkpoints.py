@@ -135,7 +135,7 @@ def test_bad_input_is_refused_in_one_line(here: Path):
     edit(here / "source", model_type="lama")
     untouched(here, "rotate", "source", "out", saying=("unknown model_type 'lama'", "source"))
     edit(here / "source", model_type="llama", quantization_config={"quant_method": "fp8"})
-    untouched(here, "rotate", "source", "out", saying="already quantized")
+    untouched(here, "rotate", "source", "out", saying="no weight is quantized")
 
 
 def test_damaged_numbers_are_refused(here: Path):

@@ -127,3 +127,23 @@ def test_other_products_are_left_alone():
     by = quantized(lambda p, x: x @ p["w"], product=thin.few_rows(flax, FLOAT32))
     x = w[:, 0][None]
     np.testing.assert_allclose(jax.jit(by)(flax, x), x @ flax["w"].decode(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int4", "nvfp4", "fp8", "int8", None])
+def test_members_of_stacks(name):
+    """One that the program finds out, of stored and of plain stacks."""
+    w = jnp.asarray(drawn((3, 64, 256)), jnp.bfloat16)
+    stack = w if name is None else jqx.QTensor.quantize(w, name, stack=(0,))
+    x, e = jnp.asarray(drawn((1, 256), 1)), jnp.int32(2)
+
+    def chosen(params, x, e):
+        member = jax.lax.dynamic_index_in_dim(params["w"], e, keepdims=False)
+        return product({"w": member}, x)
+
+    params = {"w": stack}
+    run = jax.jit(quantized(chosen, product=thin.few_rows(params, FLOAT32)))
+    dense = w if name is None else stack.decode()
+    wanted = np.asarray(x, np.float64) @ np.asarray(dense[2], np.float64).T
+    np.testing.assert_allclose(run(params, x, e), wanted, atol=3e-5)
+    how = str(jax.make_jaxpr(run)(params, x, e))
+    assert ("optimization_barrier" in how) == (name in ("int4", "nvfp4"))

@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jqx.errors import InputError
-from jqx.models import ModelSpec, named_as
+from jqx.models import ModelSpec, apart, is_fused, named_as
 
 from .checkpoints import Checkpoint
+from .experts import linears_of_experts
 from .families import spec_from_config
 from .inventory import same_tensor
 
@@ -16,12 +17,19 @@ from .inventory import same_tensor
 def optional_tensors(spec: ModelSpec) -> tuple[str, ...]:
     """Globs of tensors a checkpoint may hold although they are no parameters."""
     head = (f"{spec.names.head}.weight",) if spec.tied else ()
-    return (*spec.names.buffers, *head)
+    return (*spec.names.buffers, *spec.names.carried, *head)
 
 
 def spec_for(config: Mapping[str, Any], tensors: Collection[str]) -> ModelSpec:
-    """What a configuration describes, with the names that these tensors have."""
-    return named_as(spec_from_config(config), tensors)
+    """What a configuration describes, with the names that these tensors have; experts that usually
+    lie in one tensor may have tensors of their own.
+    """
+    spec = named_as(spec_from_config(config), tensors)
+    if any(is_fused(kind) for kind in spec.blocks):
+        separate = apart(spec)
+        if linears_of_experts(separate) & {name.rpartition(".")[0] for name in tensors}:
+            return separate
+    return spec
 
 
 def spec_of(checkpoint: Checkpoint, *, must: bool) -> ModelSpec | None:

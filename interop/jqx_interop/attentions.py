@@ -26,6 +26,7 @@ class Attention:
     v: str
     kv_heads: int
     head_dim: int
+    value_dim: int
 
     def outputs(self, target: Target, affine: bool, dtype: np.dtype) -> list[TensorOut]:
         """The tensors of its stored keys and values in a layout; biases, of `affine` formats, have
@@ -37,7 +38,8 @@ class Attention:
             found.append(TensorOut(name, "F32", target.kv_shape))
             if affine:
                 name = target.kv_name(linear, f"{letter}_bias")
-                shape = (1, self.kv_heads, 1, self.head_dim)
+                size = self.head_dim if letter == "k" else self.value_dim
+                shape = (1, self.kv_heads, 1, size)
                 found.append(TensorOut(name, dtype_name(dtype), shape))
         return found
 
@@ -56,4 +58,5 @@ def attentions_of(spec: ModelSpec, inventory: Inventory) -> Iterable[Attention]:
             v=f"{prefix}.{names.v}",
             kv_heads=row.kv_heads,
             head_dim=row.head_dim,
+            value_dim=row.values,
         )

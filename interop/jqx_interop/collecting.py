@@ -17,6 +17,7 @@ from jqx.calibration.moments import Wanted, add, batch_ends, results, start
 from jqx.errors import InputError
 from jqx.formats import find_format
 
+from .experts import linears_of_experts
 from .job import Job
 
 BLOCK = 128
@@ -58,7 +59,9 @@ def wanted_of(job: Job, members: Iterable[str], tokens: int) -> Wanted:
     members = tuple(members)
     kinds = dict.fromkeys(kind for path in members for kind in kinds_of(job, path))
     width = job.modules[members[0]].shape[1]
-    if "gram" in kinds and tokens < width:
+    # how many tokens an expert will be sent is not known when a file of statistics is planned
+    planned = job.asked is not None and members[0] in linears_of_experts(job.spec)
+    if "gram" in kinds and tokens < width and not planned:
         kinds = {"root" if kind == "gram" else kind: None for kind in kinds}
     return Wanted(tuple(kinds), width, math.gcd(width, BLOCK), tokens)
 

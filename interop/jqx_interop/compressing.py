@@ -17,6 +17,7 @@ from jqx.formats import find_format
 from jqx.models import param_shapes
 from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
+from jqx.tensors.stacks import stacked
 
 from .checkpoints import open_checkpoint
 from .job import Job, decide
@@ -44,7 +45,7 @@ def read_compressed(model: str | Path, recipe: Any) -> tuple[Source, dict[str, A
     names = tuple(param_shapes(spec))
     leaves: dict[str, Any] = dict(compressed(job, names))
     leaves |= {name: plain(source, name) for name in names if name not in leaves}
-    return source, unflatten(leaves)
+    return source, unflatten(stacked(leaves, source.leaves))
 
 
 def compressed(job: Job, names: Iterable[str]) -> Iterator[tuple[str, QTensor]]:

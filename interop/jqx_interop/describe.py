@@ -14,7 +14,7 @@ from .targets import TARGETS
 
 def write_descriptions(job: Job, folder: Path) -> None:
     """Write config.json, and what else the layout has, for what `job` quantized."""
-    described = (job.choices, job.unquantized, job.kv)
+    described = (job.described, job.unquantized, job.kv)
     describe(folder, job.checkpoint.config, described, job.settings.target)
 
 

@@ -18,10 +18,11 @@ from jqx.errors import InputError, nearest
 
 from .checkpoints import ShardWriter, TensorOut, Workspace, plan_shards, refuse, small_files, told
 from .describe import describe
+from .notes import NOTE, SCALARS, exact_notes
 from .orientation import laid, laid_outputs, matrix
 from .progress import Progress, Silent
 from .saving import in_module_order, unquantized
-from .stored import NOTE, SCALARS, Source, exact_notes, gathered, open_model, stored_arrays
+from .stored import Source, gathered, open_model, stored_arrays
 from .stored_checks import kv_tensors
 from .targets import RECIPROCALS, SMALL, TARGETS, Target, holds, inexact_scales
 
@@ -90,6 +91,11 @@ def export(
 def _check(source: Source, row: Target, round_scales: bool) -> None:
     """Raises InputError for what the layout has no name or no place for."""
     where, choices = source.checkpoint.path, source.choices
+    if source.checkpoint.source is not None:
+        raise InputError(
+            f"{where} is {source.checkpoint.source}, which other layouts do not hold as it is: "
+            f"jqx quantize --target {row.name} quantizes it anew"
+        )
     if not choices:
         raise InputError(f"{where} is not quantized: jqx quantize --target {row.name} does that")
     shapes, held = source.shapes, source.checkpoint.tensors

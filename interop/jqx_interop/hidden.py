@@ -20,7 +20,8 @@ FILES = ("hidden-0.bin", "hidden-1.bin")
 
 
 class HiddenStates:
-    """`count` arrays [rows, tokens, hidden], read before a block and replaced after it.
+    """`count` arrays [rows, tokens, hidden], read before a block and replaced after it. Of all rows
+    the first `real` are data; the others repeat the last of them.
 
     `folder`: where the files lie; None keeps everything on the device.
     """
@@ -29,13 +30,13 @@ class HiddenStates:
         self, shape: tuple[int, int, int], rows: int, dtype: np.dtype, folder: Path | None
     ):
         """`shape`: all states [n, tokens, hidden], taken `rows` at a time."""
-        n, tokens, width = shape
+        self.real, tokens, width = shape
         self.rows = rows
-        self.count = -(-n // rows)
+        self.count = -(-self.real // rows)
         self.block = 0
         self._dtype = dtype
-        self._shape = (self.count, rows, tokens, width)
-        self._folder = folder
+        self.shape = (self.count, rows, tokens, width)
+        self.folder = folder
         self._arrays: list[jax.Array | None] = [None] * self.count
 
     def batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -47,7 +48,7 @@ class HiddenStates:
 
     def get(self, i: int) -> jax.Array:
         """The states of batch `i` before the present block."""
-        if self._folder is None:
+        if self.folder is None:
             array = self._arrays[i]
             assert array is not None
             return array
@@ -56,7 +57,7 @@ class HiddenStates:
     def put(self, i: int, states: jax.Array) -> None:
         """The states of batch `i` after the present block, or before the first."""
         self._arrays[i] = states
-        if self._folder is not None:
+        if self.folder is not None:
             self._open(self.block + 1, "r+")[i] = np.asarray(states)
             self._arrays[i] = None
 
@@ -68,7 +69,7 @@ class HiddenStates:
         """Write the states before the present block out for good; returns their digest. None if
         they are not in files.
         """
-        if self._folder is None:
+        if self.folder is None:
             return None
         states = self._open(self.block, "r+")
         states.flush()
@@ -76,24 +77,24 @@ class HiddenStates:
 
     def resume(self, block: int, digest: str) -> bool:
         """Take up the files as they were before `block`; False if they are not those."""
-        if self._folder is None or not (self._folder / FILES[block % 2]).exists():
+        if self.folder is None or not (self.folder / FILES[block % 2]).exists():
             return False
-        if (self._folder / FILES[block % 2]).stat().st_size != self._bytes:
+        if (self.folder / FILES[block % 2]).stat().st_size != self._bytes:
             return False
         self.block = block
         return self._digest(self._open(block, "r")) == digest
 
     @property
     def _bytes(self) -> int:
-        return int(np.prod(self._shape)) * self._dtype.itemsize
+        return int(np.prod(self.shape)) * self._dtype.itemsize
 
     def _open(self, turn: int, mode: str) -> np.memmap:
-        assert self._folder is not None
-        path = self._folder / FILES[turn % 2]
+        assert self.folder is not None
+        path = self.folder / FILES[turn % 2]
         if mode == "r+" and (not path.exists() or path.stat().st_size != self._bytes):
             with open(path, "wb") as file:  # a mapping that meets a full disk kills the process
                 allocate(file.fileno(), self._bytes)
-        return np.memmap(path, self._dtype, mode, shape=self._shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return np.memmap(path, self._dtype, mode, shape=self.shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def _digest(self, states: np.memmap) -> str:
         total = hashlib.sha256()

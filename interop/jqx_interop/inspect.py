@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from jqx.errors import InputError
+from jqx.models import Experts, ModelSpec
 
 from .checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from .families import spec_from_config
+from .sources import as_floats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +56,7 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
         "architecture": ", ".join(checkpoint.config.get("architectures") or []) or None,
         "calibration here": _support(checkpoint),
         **_sizes(checkpoint),
+        **_experts(checkpoint),
         "tensors": len(checkpoint.tensors),
         "files": len(checkpoint.files),
         "bytes": total,
@@ -61,6 +64,7 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
     if quantization:
         facts["quantized"] = quantization["quant_algo"]
         facts["KV cache"] = quantization["kv_cache"]
+    facts["as a source"] = _as_source(checkpoint)
     return Inspection(
         path=str(checkpoint.path),
         facts=facts,
@@ -72,10 +76,36 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
 
 def _support(checkpoint: Checkpoint) -> str:
     try:
-        spec_from_config({k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
+        _spec(checkpoint)
     except InputError as error:
         return f"formats without calibration only: {error}"
     return "every format"
+
+
+def _as_source(checkpoint: Checkpoint) -> str | None:
+    """What a quantized checkpoint is to those that read it as a source."""
+    try:
+        found = as_floats(checkpoint)
+    except InputError as error:
+        return f"not read: {error}"
+    return None if found.source is None else f"{found.source}, decoded"
+
+
+def _spec(checkpoint: Checkpoint) -> ModelSpec:
+    """Raises InputError for what is not defined here."""
+    plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    return spec_from_config(plain)
+
+
+def _experts(checkpoint: Checkpoint) -> dict[str, str]:
+    """How many experts a layer has, and a token takes; nothing where there are none."""
+    try:
+        blocks = _spec(checkpoint).blocks
+    except InputError:
+        return {}
+    rows = dict.fromkeys(kind.mlp for kind in blocks if isinstance(kind.mlp, Experts))
+    told = [f"{row.number} of {row.each.inner}, {row.top_k} for each token" for row in rows]
+    return {"experts": "; ".join(told)} if told else {}
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -10,6 +10,7 @@ embeddings, siblings go by name.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -74,7 +75,8 @@ class Inventory:
     `tensors`: names; `modules`: those that could be quantized; `siblings`: groups of linears with
     one input; `units`: the tensors that are finished together, a decoder block or what lies
     outside; `blocks`: the index in `units` of every decoder block; `absent`: modules that own no
-    tensor, such as a tied head.
+    tensor, such as a tied head; `carried`: tensors of other models, which
+    stay as they are, and `others` their linears.
     """
 
     tensors: tuple[str, ...]
@@ -83,6 +85,8 @@ class Inventory:
     units: tuple[tuple[str, ...], ...]
     blocks: tuple[int, ...]
     absent: tuple[str, ...] = ()
+    carried: frozenset[str] = frozenset()
+    others: tuple[str, ...] = ()
 
 
 def take_inventory(checkpoint: Checkpoint, spec: ModelSpec | None) -> Inventory:
@@ -90,18 +94,29 @@ def take_inventory(checkpoint: Checkpoint, spec: ModelSpec | None) -> Inventory:
     ranks.
     """
     names = _known_order(checkpoint, spec) if spec else _by_name(checkpoint)
+    carried = carried_tensors(checkpoint, spec) if spec else []
     units = _units(names)
     blocks = _place_blocks(spec, units) if spec else []
     modules = tuple(_modules(checkpoint, names, spec))
+    units += _units(carried)
     paths = [module.path for module in modules if module.kind == "linear"]
     return Inventory(
-        tensors=tuple(names),
+        tensors=(*names, *carried),
         modules=modules,
         siblings=_siblings(paths) if spec is None else _spec_siblings(spec, paths),
         units=tuple(units),
         blocks=tuple(blocks),
         absent=_absent_head(checkpoint, spec, names),
+        carried=frozenset(carried),
+        others=tuple(matrices(checkpoint, carried)),
     )
+
+
+def carried_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
+    """Tensors of other models in the same files, in natural order."""
+    globs = spec.names.carried
+    found = [n for n in checkpoint.tensors if any(fnmatchcase(n, glob) for glob in globs)]
+    return sorted(found, key=natural_key)
 
 
 def _known_order(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
@@ -128,6 +143,14 @@ def same_tensor(checkpoint: Checkpoint, a: str, b: str) -> bool:
     checkpoint.release(a)
     checkpoint.release(b)
     return same
+
+
+def matrices(checkpoint: Checkpoint, names: list[str]) -> Iterable[str]:
+    """The modules whose weights are matrices."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and len(checkpoint.tensors[name].shape) == 2:
+            yield path
 
 
 def _absent_head(

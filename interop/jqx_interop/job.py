@@ -2,7 +2,7 @@
 """What one run will do, decided before it begins, from config.json and tensor headers."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from jqx.algorithms.table import variant_of
 from jqx.config import KV_FORMATS, Choice, KVFormat, QuantConfig
 from jqx.errors import InputError, nearest
 from jqx.formats import find_format
-from jqx.models import ModelSpec, param_shapes
+from jqx.models import ModelSpec, is_fused, param_shapes
 from jqx.recipes import Recipe, find_kv, find_recipe, with_kv
 from jqx.tensors import QTensor
 
@@ -24,7 +24,6 @@ from .checkpoints import (
     Checkpoint,
     TensorOut,
     check_tensors,
-    dtype_name,
     model_dtype,
     open_checkpoint,
 )
@@ -37,19 +36,23 @@ from .choices import (
     refuse_unheard,
     wanted_kinds,
 )
+from .experts import check_coverage, linears_of_experts
 from .folding import Folds, fold_all, plan_folds
 from .inventory import FLOATS, KEPT, Inventory, Module, take_inventory
+from .keeping import kept_linears, kept_outputs
 from .orientation import laid, laid_outputs
 from .outlines import open_outline
+from .outputs import outputs_of
 from .settings import Settings
+from .sources import as_floats
 from .targets import (
     TARGETS,
     Target,
-    companions,
     find_algo,
     input_factor,
     low_rank_factors,
 )
+from .unfused import unfused
 
 _NO_KV = "no keys and values: use --kv-cache none"
 
@@ -77,11 +80,18 @@ class Job:
     """Kinds of statistics by linear where they are collected for several recipes; None: those of
     this one.
     """
+    kept: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
+    """Linears of a quantized source that stay as they are there."""
 
     @cached_property
     def modules(self) -> dict[str, Module]:
         """Module path -> module."""
         return {module.path: module for module in self.inventory.modules}
+
+    @cached_property
+    def described(self) -> dict[str, Choice]:
+        """All linears that are quantized in the destination, in module order."""
+        return {p: c for p in self.modules if (c := self.choices.get(p) or self.kept.get(p))}
 
     @property
     def outlined(self) -> bool:
@@ -144,18 +154,23 @@ class Job:
     def shares(self, path: str) -> bool:
         """Whether linears that read the same input share tensor scales and factors with `path`."""
         algo = find_algo(self.choices[path])
-        if self.choices[path].weight == "fp8" and self.settings.unify_fp8:
+        if self.choices[path].weight == "fp8" and self.unifies_fp8(path):
             return True
         folded = self.fold and path in self.scaled  # a norm takes one factor for all that read it
         return folded or (algo is not None and algo.unified)
 
+    def unifies_fp8(self, path: str) -> bool:
+        """Whether FP8 linears that read the input of `path` have one scale: as asked, and always in
+        an expert, of which engines make one matrix.
+        """
+        return self.settings.unify_fp8 or path in linears_of_experts(self.spec)
+
     def cast(self, name: str) -> bool:
         """Whether a tensor becomes one in the dtype of the model; integers do not, nor what decides
-        between experts, which transformers keeps in float32.
+        between experts, which transformers keeps in float32, nor tensors of other models.
         """
-        if name.endswith(KEPT):
-            return False
-        return self.checkpoint.tensors[name].dtype in FLOATS
+        kept = name.endswith(KEPT) or name in self.inventory.carried
+        return not kept and self.checkpoint.tensors[name].dtype in FLOATS
 
     @property
     def needs_kv(self) -> bool:
@@ -179,6 +194,8 @@ class Job:
 
     def linear_outputs(self, path: str) -> list[TensorOut]:
         """The tensors of one quantized linear."""
+        if path in self.kept:
+            return kept_outputs(self.checkpoint, path, self.target, (self.spec, self.dtype))
         module, choice = self.modules[path], self.choices[path]
         has_input_scale = input_bound(self.config, choice) is not None
         like = (choice, module.shape, self.dtype, has_input_scale)
@@ -197,8 +214,8 @@ class Job:
     @property
     def unquantized(self) -> tuple[str, ...]:
         """Every module that could have been quantized and is not."""
-        paths = (*(m.path for m in self.inventory.modules), *self.inventory.absent)
-        return tuple(path for path in paths if path not in self.choices)
+        paths = (*self.modules, *self.inventory.absent, *self.inventory.others)
+        return tuple(path for path in paths if path not in self.described)
 
 
 def prepare(
@@ -209,10 +226,8 @@ def prepare(
     """
     checkpoint = open_outline(model) if planned else open_checkpoint(model)
     job = decide(checkpoint, recipe, settings)
-    counted = job.outlined and job.spec is None
-    if not counted:
-        _refuse_unreached(job)
-    if job.needs_kv and job.spec is None and not counted:
+    _refuse_unreached(job)
+    if job.needs_kv and job.spec is None:
         raise InputError(
             f"--kv-cache {job.kv} needs the keys and values of the model, and model_type "
             f"{job.checkpoint.config.get('model_type')!r} is not defined here; "
@@ -231,7 +246,9 @@ def prepare(
             f"{', '.join(searched)} chooses more than the largest magnitudes: leave --low-memory "
             "out, or take --algorithm max"
         )
-    return dataclasses.replace(job, outputs=tuple(_outputs(job)))
+    if not planned:
+        job.checkpoint.check_numbers()
+    return dataclasses.replace(job, outputs=tuple(outputs_of(job)))
 
 
 def decide(
@@ -241,7 +258,7 @@ def decide(
     so formats need no name in a layout, and the model must be one that can be run.
     """
     settings.check()
-    refuse_quantized(checkpoint)
+    checkpoint = as_floats(checkpoint)
     row = find_recipe(recipe) if isinstance(recipe, str) else recipe
     if settings.target not in TARGETS:
         raise nearest(settings.target, TARGETS, "target")
@@ -255,6 +272,12 @@ def decide(
     if spec is not None:
         check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
         spec = own_head(checkpoint, spec)
+        if in_memory and any(is_fused(kind) for kind in spec.blocks):
+            raise InputError(
+                f"model_type {spec.family!r} keeps its experts in one tensor, which is not "
+                "quantized in memory: quantize it with jqx quantize, and load that"
+            )
+        checkpoint, spec = unfused(checkpoint, spec)
     inventory = take_inventory(checkpoint, spec)
     if (dtype_key := model_dtype(checkpoint)) not in FLOATS:
         raise InputError(
@@ -267,7 +290,9 @@ def decide(
         raise InputError(f"{target.name} holds {held if target.kv_formats else _NO_KV}")
     written = None if in_memory else target
     choices = choices_for(config, inventory, row.name, written, fold=_folds(settings))
+    check_coverage(checkpoint.tensors, choices, settings.expert_coverage)
     _refuse_idle(settings, choices)
+    kept = kept_linears(checkpoint, inventory, choices, target) if settings.keep_source else {}
     return Job(
         checkpoint=checkpoint,
         spec=spec,
@@ -279,6 +304,7 @@ def decide(
         inventory=inventory,
         choices=choices,
         outputs=(),
+        kept=kept,
     )
 
 
@@ -309,42 +335,3 @@ def _refuse_unreached(job: Job) -> None:
                 f"the inputs of {path} are not calibrated here, only those of linears in blocks; "
                 "quantize its weight alone, leave it out, or record its inputs for --activations"
             )
-
-
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise InputError if `checkpoint` is quantized already."""
-    found = checkpoint.config.get("quantization_config")
-    if not found and (checkpoint.path / "hf_quant_config.json").is_file():
-        found = {"quant_method": "modelopt"}
-    if not found and any(name.endswith(".qweight") for name in checkpoint.tensors):
-        found = {"quant_method": "gptq or awq"}
-    if found:
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-        raise InputError(
-            f"{checkpoint.path} is already quantized (quant_method {method!r}); "
-            "give the original checkpoint"
-        )
-
-
-def _outputs(job: Job) -> Iterable[TensorOut]:
-    """Every tensor of the destination in the order of a torch state_dict."""
-    after = _companions(job)
-    for name in job.inventory.tensors:
-        path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and path in job.choices:
-            yield job.linear_outputs(path)[0]
-        else:
-            info = job.checkpoint.tensors[name]
-            dtype = dtype_name(job.dtype) if job.cast(name) else info.dtype
-            yield TensorOut(name, dtype, tuple(info.shape))
-        yield from after.get(name, ())
-
-
-def _companions(job: Job) -> dict[str, list[TensorOut]]:
-    """Tensor name -> scales that follow it: those of a linear after its last parameter, KV scales
-    last of all.
-    """
-    groups = {path: job.linear_outputs(path)[1:] for path in job.choices}
-    for attention in job.attentions if job.needs_kv else ():
-        groups[attention.path] = job.kv_outputs(attention)
-    return companions(job.inventory.tensors, groups)

@@ -11,9 +11,9 @@ bytes.
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -34,6 +34,7 @@ from .device import compute_of, processors
 from .families import context_of
 from .hidden import HiddenStates
 from .job import Job, prepare
+from .mixtures import experts_line
 from .progress import Progress, Silent
 from .recorded import Recorded
 from .report import Report, report_of
@@ -138,7 +139,7 @@ def run(job: Job, out: str | Path, progress: Progress, inputs: Inputs | None = N
                     f"going on with an unfinished run: {len(done)} parts are there already"
                 )
             try:
-                facts = _work(job, inputs, space, writer, records, progress)
+                facts, experts = _work(job, inputs, space, writer, records, progress)
             except InputError as error:
                 error.add_note("after a change of the model or the data pass --restart")
                 raise
@@ -147,6 +148,7 @@ def run(job: Job, out: str | Path, progress: Progress, inputs: Inputs | None = N
             shutil.copyfile(file, space.files / file.name)
         write_descriptions(job, space.files)
         done = report_of(job, Path(out), plans, time.monotonic() - started)
+        done = replace(done, experts=experts_line(experts))
         staged = None if asked is None else stage_report(job, done, facts, inputs.told)
         space.publish()
         if staged is not None:
@@ -186,6 +188,8 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         "low_memory": job.settings.low_memory,
         "fold": job.fold,
         "unify_fp8": job.settings.unify_fp8,
+        "keep_source": job.settings.keep_source,
+        "all_experts": job.settings.all_experts,
     }
 
 
@@ -210,8 +214,10 @@ def _work(
     writer: ShardWriter,
     records: list[dict[str, Any]],
     progress: Progress,
-) -> Facts:
-    """Finish every unit that is not finished yet. Returns what is known of all linears."""
+) -> tuple[Facts, list[Mapping[str, Any]]]:
+    """Finish every unit that is not finished yet. Returns what is known of all linears, and of the
+    experts of blocks.
+    """
     done = {record["unit"] for record in records if "unit" in record}
     left = [unit for unit in range(len(job.inventory.units)) if unit not in done]
     source = source_of(job, inputs, space, progress)
@@ -227,7 +233,9 @@ def _work(
             if extra:  # the files of the next block replace what this record speaks of
                 finisher.drain()
     before = (record.get("facts", {}) for record in records)
-    return {path: row for facts in (*before, finisher.facts) for path, row in facts.items()}
+    facts = {path: row for rows in (*before, finisher.facts) for path, row in rows.items()}
+    experts = [record["experts"] for record in records if "experts" in record]
+    return facts, [*experts, *finisher.experts]
 
 
 def _bytes_of(job: Job, unit: int) -> int:
@@ -268,7 +276,7 @@ def source_of(job: Job, inputs: Inputs, space: Workspace, progress: Progress) ->
     if inputs.calibration is None:
         return NoStatistics()
     hidden = _hidden_states(job, inputs.calibration, space)
-    return Runner(job, inputs.calibration, hidden, progress)
+    return Runner(job, inputs.calibration, hidden, progress, space.directory)
 
 
 def _hidden_states(job: Job, data: CalibrationSet, space: Workspace) -> HiddenStates:

@@ -20,7 +20,7 @@ import numpy as np
 
 from jqx.algorithms.table import ALGORITHMS, applicable
 from jqx.formats import find_format
-from jqx.models import Attention, Mlp, ModelSpec, block_shapes
+from jqx.models import Attention, BlockKind, Experts, Mlp, ModelSpec, block_shapes
 from jqx.tensors.paths import owner_of
 
 from .chain import ROWS_PER_CALL
@@ -38,6 +38,7 @@ STARTUP = 3.0  # seconds to load JAX and compile
 SEARCH_COMPILER = 150 << 20  # bytes that compiling searches takes more
 SEARCHED_COPIES = 8  # of the largest weight, in float32
 SEARCH_STARTUP = 6.0  # seconds to compile searches
+DECODERS = 4  # weights of a source that are decoded side by side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +113,7 @@ def make_plan(job: Job, tokens: int = 0, out: Path | None = None) -> Plan:
         peak_memory_bytes=memory,
         spilled_bytes=spilled,
         seconds=round(_seconds(job, tokens), 1),
-        engines=engines_for(job.choices, job.settings.target, job.kv),
+        engines=engines_for(job.described, job.settings.target, job.kv),
         notes=tuple(_notes(job)),
     )
 
@@ -125,15 +126,8 @@ def _source_bytes(job: Job) -> int:
 
 def _notes(job: Job) -> Iterator[str]:
     """What to know of a plan that is made of a config.json alone."""
-    if not job.outlined:
-        return
-    yield f"no weights are here: this is what {job.dtype.name} ones by config.json would give"
-    kind = job.checkpoint.config.get("model_type")
-    if job.spec is None and (job.needs_inputs or job.needs_kv):
-        yield (
-            f"model_type {kind!r} cannot be calibrated here: a run needs recorded inputs "
-            "(--activations) or statistics (--stats), and their time is not counted"
-        )
+    if job.outlined:
+        yield f"no weights are here: this is what {job.dtype.name} ones by config.json would give"
 
 
 def tokens_of(job: Job) -> int:
@@ -153,6 +147,8 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
     """Peak memory, and bytes of hidden states that go to disk."""
     largest = max(math.prod(job.modules[path].shape) for path in job.choices)
     encoding = 2 * min(largest, CHUNK) * (4 + 4 + 2) + largest
+    if job.checkpoint.source is not None:  # decoded ones are in memory, those of files are not
+        encoding += DECODERS * largest * job.dtype.itemsize
     if not tokens or job.spec is None:
         return PROCESS + encoding, 0
     carrier = np.dtype(compute_of(job.settings.compute, job.dtype).carrier).itemsize
@@ -204,15 +200,24 @@ def block_parameters(spec: ModelSpec) -> int:
     """Weights of the largest block."""
 
     shapes = (block_shapes(spec, kind).values() for kind in set(spec.blocks))
-    return max(sum(math.prod(s) for s in block if len(s) == 2) for block in shapes)
+    return max(sum(math.prod(s) for s in block if len(s) > 1) for block in shapes)
 
 
 def working_width(spec: ModelSpec) -> int:
     """Numbers for each token that a block computes with at most."""
     attentions = [k.attention for k in spec.blocks if isinstance(k.attention, Attention)]
-    inner = max((k.mlp.inner for k in spec.blocks if isinstance(k.mlp, Mlp)), default=0)
+    inner = max((inner_width(kind) for kind in spec.blocks), default=0)
     heads = max((row.heads * row.head_dim for row in attentions), default=0)
     return 6 * spec.hidden + 3 * inner + 4 * heads
+
+
+def inner_width(kind: BlockKind) -> int:
+    """Inner channels for each token of an MLP, or of all the experts that it goes to."""
+    row = kind.mlp
+    if isinstance(row, Experts):
+        beside = (mlp.inner for mlp in (row.shared, row.residual) if mlp is not None)
+        return row.top_k * row.each.inner + sum(beside)
+    return row.inner if isinstance(row, Mlp) else 0
 
 
 def score_operations(spec: ModelSpec, tokens: int, length: int) -> int:

@@ -48,8 +48,8 @@ from .checkpoints import (
     small_files,
     told,
 )
-from .job import refuse_quantized
 from .progress import Progress, Silent
+from .sources import as_floats
 from .weights import checked_amax
 
 CHUNK = 1 << 24
@@ -73,8 +73,7 @@ def rotate(
     if not 0 <= seed < 2**32 - 1:
         raise InputError(f"seed is {seed}: take a number from 0 to {2**32 - 2}")
     progress = progress or Silent()
-    checkpoint = open_checkpoint(model)
-    refuse_quantized(checkpoint)
+    checkpoint = as_floats(open_checkpoint(model))
     given = _spec(checkpoint)
     spec = replace(given, tied=False)
     roles, shapes = roles_of(spec), param_shapes(spec)
@@ -150,7 +149,9 @@ def _refuse_bound(spec: ModelSpec) -> None:
                 f"blocks of layout {kind.layout} have norms that no linear reads: they are not the "
                 "same in another basis"
             )
+        latent = isinstance(kind.attention, Attention) and kind.attention.latent is not None
         whole = isinstance(kind.attention, Attention | None) and isinstance(kind.mlp, Mlp | None)
+        whole = whole and not latent
         if kind.transposed or spec.unit_head or not whole:
             raise InputError(f"a rotation of models of family {spec.family} is not defined here")
 

@@ -9,6 +9,7 @@ repeats changes no maximum.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -22,44 +23,62 @@ from jqx.errors import InputError
 from jqx.models import (
     BlockKind,
     Compute,
+    Experts,
+    Front,
     ModelSpec,
     block,
     block_prefix,
+    combine,
     embed_tensors,
+    front,
     kinds,
 )
-from jqx.tensors.paths import unflatten
 from jqx.transforms import Use, observe
 
+from .blocks import load_block, load_front
 from .chain import embed_rows, side_by_side
-from .collecting import Collecting, readers, wanted_of
-from .compressing import compressed
+from .collecting import Collecting, Readers, readers, wanted_of
 from .data import CalibrationSet
 from .device import compute_of
+from .experts import expert_linears
 from .hidden import HiddenStates
 from .job import Job
+from .mixtures import MixtureRun
 from .progress import Progress
+from .routed import RoutedStates
 from .weights import checked_amax, read_tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockStats:
     """What one block's quantization needs: statistics of inputs by linear, and amax and bias by
-    "<attention>.k" and ".v".
+    "<attention>.k" and ".v"; how many tokens were `sent` to linears of experts, and what is told
+    of `experts`.
     """
 
     inputs: Mapping[str, InputStats] = field(default_factory=dict)
     kv: Mapping[str, tuple[float, np.ndarray | None]] = field(default_factory=dict)
+    sent: Mapping[str, int] = field(default_factory=dict)
+    experts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Runner:
     """The hidden states of the calibration set on their way through the blocks."""
 
-    def __init__(self, job: Job, data: CalibrationSet, hidden: HiddenStates, progress: Progress):
-        """`hidden` holds the states before block `hidden.block`, or nothing yet."""
+    def __init__(
+        self,
+        job: Job,
+        data: CalibrationSet,
+        hidden: HiddenStates,
+        progress: Progress,
+        place: Path,
+    ):
+        """`hidden` holds the states before block `hidden.block`, or nothing yet; `place`: a folder
+        for what does not stay in memory.
+        """
         assert job.spec is not None
         self._job, self._spec, self._data = job, job.spec, data
-        self._hidden, self._progress = hidden, progress
+        self._hidden, self._progress, self._place = hidden, progress, place
         self._compute = compute_of(job.settings.compute, job.dtype)
         self._kv = job.kv_format if job.needs_kv else None
         self._blocks = {unit: i for i, unit in enumerate(job.inventory.blocks)}
@@ -75,7 +94,9 @@ class Runner:
         digests = {self._blocks[r["unit"]] + 1: r["hidden"] for r in records if "hidden" in r}
         if not (first in digests and self._hidden.resume(first, digests[first])):
             self._embed()
-        self._progress.phase("calibrating", (last + 1 - self._hidden.block) * self._hidden.count)
+        ahead = kinds(self._spec)[self._hidden.block : last + 1]
+        parts = sum(2 if isinstance(kind.mlp, Experts) else 1 for kind in ahead)
+        self._progress.phase("calibrating", parts * self._hidden.count)
 
     def of_unit(self, unit: int) -> tuple[BlockStats, dict[str, Any]]:
         """The statistics of the block that is `unit`, and the digest of the hidden states after it
@@ -95,20 +116,38 @@ class Runner:
 
     def _run_block(self, i: int) -> BlockStats:
         """Take every state through block `i`; returns what its linears and its attention met."""
-        kind = kinds(self._spec)[i]
-        prefix = block_prefix(self._spec, i)
-        params = load_block(self._job, i, self._compute)
-        sizes = [len(batch) for batch in self._data.batches]
+        row = kinds(self._spec)[i].mlp
+        experts = isinstance(row, Experts)
         read = readers(self._job, self._job.inventory.blocks[i])
+        own = {path for e in expert_linears(self._spec, i) for path in e.values()}
+        states = RoutedStates(row, self._hidden, self._compute) if experts else None
+        params = (load_front if experts else load_block)(self._job, i, self._compute)
+        stats = self._run_calls(i, params, {p: m for p, m in read.items() if p not in own}, states)
+        if states is None:
+            return stats
+        leaders = {p: m for p, m in read.items() if p in own}
+        of_experts = self._run_experts(i, params, states, leaders)
+        inputs = {**stats.inputs, **of_experts.inputs}
+        return replace(of_experts, inputs=inputs, kv=stats.kv)
+
+    def _run_calls(
+        self, i: int, params: Any, read: Readers, states: RoutedStates | None
+    ) -> BlockStats:
+        """The block, or its front whose results go to `states`; `read`: the inputs of which more
+        than the amax is needed.
+        """
+        kind, prefix = kinds(self._spec)[i], block_prefix(self._spec, i)
+        sizes = [len(batch) for batch in self._data.batches]
         whole = frozenset(path.removeprefix(f"{prefix}.") for path in read)
         program = Program(self._spec, kind, self._compute, self._job.dtype.name, self._kv, whole)
         fold = Folding(sizes, self._job.dtype)
         wanted = {p: wanted_of(self._job, m, self._data.tokens) for p, m in read.items()}
         collecting = Collecting(self._job, wanted, sizes)
+        put = self._hidden.put if states is None else states.put
 
         def call(n: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
             h, maxima, kept = block_step(params, self._hidden.get(n), program=program)
-            self._hidden.put(n, h)
+            put(n, h)
             jax.block_until_ready(maxima)
             return maxima, kept
 
@@ -126,6 +165,21 @@ class Runner:
         more = collecting.results(read)
         inputs = {p: {**stats.inputs.get(p, {}), **more.get(p, {})} for p in {*stats.inputs, *more}}
         return replace(stats, inputs=inputs)
+
+    def _run_experts(
+        self, i: int, params: Any, states: RoutedStates, leaders: Readers
+    ) -> BlockStats:
+        """The experts of block `i`, and its end; returns what they met."""
+        kind, count = kinds(self._spec)[i], self._hidden.count
+        run = MixtureRun(self._job, i, states, leaders, self._place)
+        met = run.run(lambda share: self._progress.advance(share * count))
+        for n in range(count):
+            front, total = states.front(n)
+            self._hidden.put(n, combine(self._spec, kind, params, front, total, self._compute))
+        states.close()
+        experts = zip(expert_linears(self._spec, i), run.tokens.tolist(), strict=True)
+        sent = {path: n for own, n in experts for path in own.values()}
+        return BlockStats(inputs=met, sent=sent, experts=run.told())
 
     def _checked(self, prefix: str, found: dict[str, float], fold: "Folding") -> BlockStats:
         if spoilt := [name for name, value in found.items() if not np.isfinite(value)]:
@@ -153,29 +207,6 @@ class Runner:
         )
 
 
-def load_block(job: Job, i: int, compute: Compute) -> dict[str, Any]:
-    """The parameters of block `i`, matrices in the dtype that products take, cast once; with
-    `low_memory` those that will be quantized are stored.
-    """
-    assert job.spec is not None
-    prefix = block_prefix(job.spec, i) + "."
-    names = job.inventory.units[job.inventory.blocks[i]]
-    leaves: dict[str, Any] = dict(compressed(job, names)) if job.settings.low_memory else {}
-    for name in names:
-        if name not in leaves:
-            leaves[name] = read_leaf(job, name, compute)
-    return unflatten({name.removeprefix(prefix): leaf for name, leaf in leaves.items()})
-
-
-def read_leaf(job: Job, name: str, compute: Compute) -> jax.Array:
-    """The tensor `name`, a matrix in the dtype that products take; its pages are released."""
-    array = jnp.asarray(read_tensor(job, name))
-    leaf = array.astype(compute.carrier) if array.ndim > 1 else array
-    jax.block_until_ready(leaf)  # or what is still computed brings the pages back
-    job.checkpoint.release(name)
-    return leaf
-
-
 @dataclass(frozen=True, slots=True)
 class Program:
     """What one compiled program of a block depends on.
@@ -198,8 +229,10 @@ def block_step(
     h: jax.Array,
     *,
     program: Program,
-) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """One call: states after the block, the maxima, and whole inputs, keys and values if asked."""
+) -> tuple[jax.Array | Front, dict[str, jax.Array], dict[str, jax.Array]]:
+    """One call: states after the block, or its front if it has experts, the maxima, and whole
+    inputs, keys and values if asked.
+    """
 
     def collect(use: Use, x: jax.Array) -> dict[str, jax.Array] | None:
         if use.op == "name" and program.kv and program.kv.affine:
@@ -211,8 +244,9 @@ def block_step(
             found["whole"] = x.reshape(*h.shape[:2], x.shape[-1])
         return found
 
-    def run(params: Any, h: jax.Array) -> jax.Array:
-        return block(program.spec, program.kind, params, h, positions, program.compute)
+    def run(params: Any, h: jax.Array) -> jax.Array | Front:
+        step = front if isinstance(program.kind.mlp, Experts) else block
+        return step(program.spec, program.kind, params, h, positions, program.compute)
 
     positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2])
     out, found = observe(run, collect)(params, h)

@@ -19,7 +19,6 @@ from jqx.models import ModelSpec, linear_shapes, param_shapes
 from jqx.tensors import QTensor
 
 from .checkpoints import (
-    ShardPlan,
     ShardWriter,
     TensorOut,
     Workspace,
@@ -30,7 +29,14 @@ from .checkpoints import (
     told,
 )
 from .describe import describe
-from .inventory import OWN_POSITIONS, SCALED_EMBEDDINGS, projections
+from .inventory import (
+    KEPT,
+    OWN_POSITIONS,
+    SCALED_EMBEDDINGS,
+    carried_tensors,
+    matrices,
+    projections,
+)
 from .model import Model
 from .orientation import laid, laid_outputs
 from .saving_checks import Content, beside_codes, content_of
@@ -49,21 +55,34 @@ def save(
     """Write `model` to the directory `out`, which appears complete or not at all; returns it.
 
     Parameters are written in their own dtype, QTensors as the layout `target` stores them; the
-    tokenizer and other small files come from `model.path`. `round_scales`: scales may be rounded
+    tokenizer and other small files come from `model.path`, and so do tensors of other models that
+    lie beside the parameters there. `round_scales`: scales may be rounded
     where the layout stores them in float16. Raises InputError if `out` exists and is
     no empty directory, or if the tree is not one that the layout can hold.
     """
     if target not in TARGETS:
         raise nearest(target, TARGETS, "target")
     content = content_of(model.spec, model.params, TARGETS[target], round_scales)
-    plans = plan_shards(_outputs(model.spec, content, target), max_shard_size)
-    small = small_files(open_checkpoint(model.path)) if model.path is not None else ()
+    source = None if model.path is None else open_checkpoint(model.path)
+    names = [] if source is None else carried_tensors(source, model.spec)
+    beside = {name: source.read(name) for name in names} if source else {}
+    outputs = (
+        *_outputs(model.spec, content, target),
+        *(TensorOut(name, dtype_name(a.dtype), a.shape) for name, a in beside.items()),
+    )
+    plans = plan_shards(outputs, max_shard_size)
+    small = () if source is None else small_files(source)
     with Workspace(out, model.path) as space, told(space.directory):
         space.begin({"save": [plan.file for plan in plans]})
-        _write_tensors(space.files, model, content, plans, target)
+        with ShardWriter(space.files, plans) as writer:
+            _write_tensors(writer, model, content, target)
+            for name, array in beside.items():
+                writer.write(name, array)
+            writer.finish()
         for file in small:
             shutil.copyfile(file, space.files / file.name)
-        _write_descriptions(space.files, model, content, target)
+        others = [] if source is None else list(matrices(source, names))
+        _write_descriptions(space.files, model, content, (target, others))
         return space.publish()
 
 
@@ -77,8 +96,17 @@ def _outputs(spec: ModelSpec, content: Content, target: str) -> Iterator[TensorO
         codes = laid_outputs(spec, path, row.outputs(path, *given))
         linears[path] = codes + beside_codes(path, q, content.dtype)
     cached, dtype = kv_tensors(spec, content.dtype), dtype_name(content.dtype)
+    kept = {
+        name: dtype_name(np.dtype(leaf.dtype))
+        for name, leaf in content.leaves.items()
+        if name.endswith(KEPT)
+    }
     return in_module_order(
-        shapes, linears, cached, row, lambda name: TensorOut(name, dtype, shapes[name])
+        shapes,
+        linears,
+        cached,
+        row,
+        lambda name: TensorOut(name, kept.get(name, dtype), shapes[name]),
     )
 
 
@@ -103,34 +131,33 @@ def in_module_order(
         yield from after.get(name, ())
 
 
-def _write_tensors(
-    folder: Path, model: Model, content: Content, plans: tuple[ShardPlan, ...], target: str
-) -> None:
+def _write_tensors(writer: ShardWriter, model: Model, content: Content, target: str) -> None:
     row = TARGETS[target]
     cached = {tensor.name: tensor for tensor in kv_tensors(model.spec, content.dtype)}
-    with ShardWriter(folder, plans) as writer:
-        for name, leaf in content.leaves.items():
-            if isinstance(leaf, QTensor):
-                path = name.removesuffix(".weight")
-                for part, array in laid(model.spec, path, row.named(path, leaf)).items():
-                    writer.write(part, np.asarray(array))
-            elif name in cached:
-                stored = cached[name].stored(row)
-                writer.write(stored.name, np.asarray(leaf).reshape(stored.shape))
-            else:
-                writer.write(name, np.asarray(leaf))
-        writer.finish()
+    for name, leaf in content.leaves.items():
+        if isinstance(leaf, QTensor):
+            path = name.removesuffix(".weight")
+            for part, array in laid(model.spec, path, row.named(path, leaf)).items():
+                writer.write(part, np.asarray(array))
+        elif name in cached:
+            stored = cached[name].stored(row)
+            writer.write(stored.name, np.asarray(leaf).reshape(stored.shape))
+        else:
+            writer.write(name, np.asarray(leaf))
 
 
-def _write_descriptions(folder: Path, model: Model, content: Content, target: str) -> None:
+def _write_descriptions(
+    folder: Path, model: Model, content: Content, target: tuple[str, list[str]]
+) -> None:
+    """`target`: the layout, and linears of other models in the same files."""
     config = {k: v for k, v in model.config.items() if k != "quantization_config"}
     key = next((key for key in ("dtype", "torch_dtype") if key in config), "dtype")
     if str(config.get(key)).removeprefix("torch.") != content.dtype.name:
         config[key] = content.dtype.name
     if content.choices:
-        rest = unquantized(model.spec, model.config, content.choices)
+        rest = [*unquantized(model.spec, model.config, content.choices), *target[1]]
         described = (content.choices, rest, model.spec.kv_cache)
-        describe(folder, config, described, target)
+        describe(folder, config, described, target[0])
     else:  # as transformers writes it
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

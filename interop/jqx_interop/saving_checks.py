@@ -14,11 +14,20 @@ import numpy as np
 from jqx.config import Choice, base_format
 from jqx.errors import InputError
 from jqx.formats import Format, find_format, grid_shape
-from jqx.models import ModelSpec, block_prefix, input_groups, kinds, linear_shapes, param_shapes
+from jqx.models import (
+    ModelSpec,
+    block_prefix,
+    input_groups,
+    kinds,
+    linear_shapes,
+    param_shapes,
+)
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
+from jqx.tensors.stacks import unstacked
 
 from .checkpoints import DTYPES, TensorOut, refuse
+from .inventory import KEPT
 from .orientation import turned
 from .stored_checks import kv_tensors
 from .targets import Target, find_algo, holds, input_factor, low_rank_factors
@@ -46,7 +55,7 @@ def content_of(
     be rounded where it stores them in float16. Raises one InputError for all that is wrong.
     """
     shapes = param_shapes(spec)
-    leaves = flatten(params, order=shapes)
+    leaves = flatten(unstacked(flatten(params)), order=shapes)
     stored = {n.removesuffix(".weight"): q for n, q in leaves.items() if isinstance(q, QTensor)}
     dtype = _dtype_of(leaves)
     wanted = shapes | {tensor.name: tensor.shape for tensor in kv_tensors(spec, dtype)}
@@ -88,7 +97,7 @@ def content_of(
 def _dtype_of(leaves: Mapping[str, Any]) -> np.dtype:
     """The one dtype of all parameters and of what QTensors stand for; scales do not count."""
     counts = Counter(
-        np.dtype(leaf.dtype) for name, leaf in leaves.items() if not name.endswith("_scale")
+        np.dtype(leaf.dtype) for name, leaf in leaves.items() if not name.endswith(("_scale", KEPT))
     )
     found = ", ".join(f"{dtype.name} ({n})" for dtype, n in counts.most_common())
     if len(counts) != 1:

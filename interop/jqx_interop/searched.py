@@ -32,6 +32,7 @@ from jqx.errors import InputError
 from jqx.formats import Format, find_format
 from jqx.tensors import QTensor
 
+from .carrying import carried
 from .choices import input_bound
 from .job import Job
 from .weights import Groups, alike, checked_amax, one_scale, read_tensor, read_weight
@@ -249,7 +250,8 @@ class Search:
             linear = linear._replace(amax=linear.amax.reshape(()))
         if self._job.target.half_scales:
             linear = half_scaled(linear, fmt=fmt)
-        return linear, _stored(linear._replace(facts={}), fmt=fmt)
+        q = carried(self._job, path) or _stored(linear._replace(facts={}), fmt=fmt)
+        return linear, q
 
     def _measured(self, path: str, q: QTensor) -> dict[str, float]:
         """How far the outputs of a stored linear are off, and what a report tells of its codes."""

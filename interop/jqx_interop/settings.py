@@ -30,7 +30,10 @@ class Settings:
     `low_memory`: blocks are run on weights that are compressed when they are read, which the
     algorithm "max" alone can do; `fold`: factors of inputs go into the weights before, so that no
     engine need apply them (None: where the layout has no place for them); `unify_fp8`: linears that
-    read one input share their FP8 scale, as engines that fuse them compute.
+    read one input share their FP8 scale, as engines that fuse them compute; `keep_source`: linears
+    that are quantized in the source, and that the recipe leaves alone, stay as they are there;
+    `all_experts`: statistics of experts are those of all tokens, not only of those sent to them;
+    `expert_coverage`: the least share of the weights of experts that must be quantized.
     """
 
     kv_cache: str | None = None
@@ -51,9 +54,14 @@ class Settings:
     low_memory: bool = False
     fold: bool | None = None
     unify_fp8: bool = False
+    all_experts: bool = False
+    expert_coverage: float | None = None
+    keep_source: bool = False
 
     def check(self) -> None:
         """Raise InputError for numbers, sizes and names that none of these can be."""
+        if self.expert_coverage is not None and not 0 <= self.expert_coverage <= 1:
+            raise InputError(f"expert_coverage is {self.expert_coverage}; give a share from 0 to 1")
         for field, least in LEAST.items():
             if (value := getattr(self, field)) < least:
                 raise InputError(f"{field} is {value}; give at least {least}")

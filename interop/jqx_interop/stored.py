@@ -7,7 +7,7 @@ they are stored.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from jqx.models import (
     block_prefix,
     block_shapes,
     kinds,
+    leaf_shapes,
     linear_shapes,
     param_shapes,
 )
 from jqx.models.layers import module
 from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
+from jqx.tensors.stacks import stacked
 
 from .architecture import optional_tensors, own_head, spec_for
 from .checkpoints import (
@@ -41,16 +43,12 @@ from .checkpoints import (
     read_beside,
     refuse,
 )
-from .inventory import FLOATS
+from .inventory import FLOATS, KEPT
+from .notes import SCALARS, exact_notes
 from .orientation import matrix, straight, turned
+from .sources import as_floats
 from .stored_checks import KvTensor, bad_numbers, kv_tensors, stored_problems
-from .targets import RECIPROCALS, TARGETS, Said, Target, layout_of
-
-NOTE = "jqx:"
-"""What the names of notes begin with."""
-
-SCALARS = (*RECIPROCALS, *RECIPROCALS.values())
-"""Scales of a whole tensor, of all layouts, that a note may keep."""
+from .targets import TARGETS, Said, Target, layout_of
 
 ALIGNMENT = 64  # bytes; XLA's CPU backend shares host memory at multiples of it
 
@@ -75,6 +73,11 @@ class Source:
         """Name and shape of every parameter, in module order."""
         return param_shapes(self.spec)
 
+    @cached_property
+    def leaves(self) -> Mapping[str, tuple[int, ...]]:
+        """The same as parameters are in memory: tensors of each expert as stacks."""
+        return leaf_shapes(self.spec)
+
 
 def open_model(model: str | Path) -> Source:
     """Open the checkpoint `model`, a directory or Hub id, and check everything but the numbers.
@@ -82,7 +85,7 @@ def open_model(model: str | Path) -> Source:
     Raises InputError for what cannot be read: see `open_checkpoint`; unknown families; quantization
     of another method or algorithm; tensors that are missing, of another shape or dtype, or unknown.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = as_floats(open_checkpoint(model), run=True)
     try:
         plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         spec = spec_for(plain, checkpoint.tensors)
@@ -100,9 +103,9 @@ def read_params(
 ) -> dict[str, Any]:
     """The nested tree of the parameters `names`, which are those of `param_shapes(source.spec)`.
 
-    The weight of a quantized linear is a QTensor; what belongs to cached keys and values comes with
-    its projection. Plain tensors are in the model's dtype, plain matrices in `cast` if given. Pages
-    of the files are released as soon as they are copied.
+    The weight of a quantized linear is a QTensor, tensors of each expert are a stack; what belongs
+    to cached keys and values comes with its projection. Plain tensors are in the model's dtype,
+    plain matrices in `cast` if given. Pages of the files are released as soon as they are copied.
 
     Raises one InputError for all scales that are no scales: NaN, infinite, not positive.
     """
@@ -128,7 +131,7 @@ def read_params(
             leaves[tensor.name] = _checked(source, stored, problems)
     if problems:
         refuse(source.checkpoint.path, problems, "The checkpoint is damaged.")
-    return unflatten(leaves)
+    return unflatten(stacked(leaves, source.leaves))
 
 
 def read_block(source: Source, i: int, compute: Compute) -> dict[str, Any]:
@@ -152,7 +155,7 @@ def _read(
     target, optional = TARGETS[layout], optional_tensors(spec)
     stored = {name: info.shape for name, info in checkpoint.tensors.items()}
     said = Said(inline=inline, file=file, linears=linear_shapes(spec), stored=stored)
-    meant = target.read(said)
+    meant = target.read(said) if checkpoint.source is None else None
     dtype = DTYPES[_float_dtype(checkpoint)]
     if meant is None:
         check_tensors(checkpoint, param_shapes(spec), optional)
@@ -195,20 +198,6 @@ def stored_arrays(
     return {**found, **noted}
 
 
-@lru_cache(maxsize=4)
-def exact_notes(checkpoint: Checkpoint) -> Mapping[str, np.ndarray]:
-    """Scales that a note keeps: name in the layout where a number lies as it is -> float32 []."""
-    found = {}
-    for name, text in checkpoint.notes.items():
-        if name.startswith(NOTE):
-            try:
-                value = np.float32(float.fromhex(text))
-            except (ValueError, OverflowError):
-                raise InputError(f"its note {name} is {text[:40]!r}, not a number") from None
-            found[name.removeprefix(NOTE)] = np.asarray(value)
-    return found
-
-
 def _problems(path: str, arrays: Mapping[str, np.ndarray]) -> list[str]:
     """What is wrong with the numbers of a quantized linear."""
     found = (bad_numbers(f"{path}.{leaf}", array) for leaf, array in arrays.items())
@@ -227,7 +216,8 @@ def _strange_bias(source: Source, path: str) -> list[str]:
 
 def plain(source: Source, name: str, cast: DTypeLike | None = None) -> jax.Array:
     """A tensor that is not quantized, in the model's dtype; a matrix in `cast` if given."""
-    array = copied(source.checkpoint.read(name).astype(source.dtype, copy=False))
+    array = source.checkpoint.read(name)
+    array = copied(array if name.endswith(KEPT) else array.astype(source.dtype, copy=False))
     source.checkpoint.release(name)
     wide = cast is not None and array.ndim > 1
     return jax.block_until_ready(array.astype(cast)) if wide else array

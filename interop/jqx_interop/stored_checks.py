@@ -13,7 +13,15 @@ import numpy as np
 from jqx.config import KV_FORMATS, Choice
 from jqx.errors import InputError
 from jqx.formats import check_divides, find_format
-from jqx.models import Attention, ModelSpec, block_prefix, kinds, linear_shapes, param_shapes
+from jqx.models import (
+    Attention,
+    ModelSpec,
+    Names,
+    block_prefix,
+    kinds,
+    linear_shapes,
+    param_shapes,
+)
 
 from .checkpoints import Checkpoint, TensorInfo, TensorOut, dtype_name
 from .inventory import FLOATS
@@ -65,14 +73,14 @@ def stored_problems(
                 problems.append(f"{path}: {error}")
                 told.add(path)
             else:
-                linear = _linear(have, path, choice, (linears[path], dtype), target)
+                linear = linear_tensors(have, path, choice, (linears[path], dtype), target)
                 expected |= {t.name: t for t in laid_outputs(spec, path, linear)}
         else:
             expected[name] = TensorOut(name, "", shape)
     cached = (_any_float(kv.stored(target), target) for kv in kv_tensors(spec, dtype))
     expected |= {t.name: t for t in cached}
     for tensor in expected.values():
-        problems += _differs(have.get(tensor.name), tensor)
+        problems += differs(have.get(tensor.name), tensor)
     for name in have:
         known = name in expected or any(fnmatchcase(name, glob) for glob in optional)
         if not known and module_and_leaf(name)[0] not in told:
@@ -113,11 +121,16 @@ def kv_tensors(spec: ModelSpec, dtype: np.dtype) -> Iterator[KvTensor]:
         prefix, names = block_prefix(spec, i), spec.names
         for name, letter in ((names.k, "k"), (names.v, "v")):
             path = f"{prefix}.{name}"
-            owner = path if row.qkv == "separate" else f"{prefix}.{names.qkv}"
+            owner = path if row.qkv == "separate" else f"{prefix}.{_maker(row, names)}"
             yield KvTensor(path, f"{letter}_scale", "F32", (), owner)
             if KV_FORMATS[spec.kv_cache].affine:
-                shape = (1, row.kv_heads, 1, row.head_dim)
+                shape = (1, row.kv_heads, 1, row.head_dim if letter == "k" else row.values)
                 yield KvTensor(path, f"{letter}_bias", dtype_name(dtype), shape, owner)
+
+
+def _maker(row: Attention, names: Names) -> str:
+    """The linear that makes keys and values, one of several."""
+    return names.qkv if row.latent is None else names.kv_b
 
 
 def bad_numbers(name: str, array: np.ndarray) -> str | None:
@@ -160,7 +173,7 @@ def _apart(
     return None
 
 
-def _linear(
+def linear_tensors(
     have: Mapping[str, TensorInfo],
     path: str,
     choice: Choice,
@@ -199,7 +212,8 @@ def _rank(have: Mapping[str, TensorInfo], path: str) -> int | None:
     return (ranks or [1])[0] if shapes else None
 
 
-def _differs(found: TensorInfo | None, wanted: TensorOut) -> Iterator[str]:
+def differs(found: TensorInfo | None, wanted: TensorOut) -> Iterator[str]:
+    """Why a tensor is not the one that is wanted."""
     if found is None:
         yield f"tensor {wanted.name} is missing"
         return

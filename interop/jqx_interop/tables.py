@@ -15,6 +15,7 @@ from jqx.recipes import RECIPES, Recipe, find_recipe
 from .choices import calibrated
 from .families import FAMILIES
 from .recipe_files import write_recipe
+from .sources import SOURCES
 from .targets import TARGETS
 
 Rows = list[dict[str, Any]]
@@ -86,6 +87,19 @@ def family_rows() -> Rows:
 def target_rows() -> Rows:
     """One row a layout."""
     return [{"target": row.name, "read by": row.readers} for row in TARGETS.values()]
+
+
+def stored_rows() -> Rows:
+    """One row a layout of quantized weights that is read as a source."""
+    return [
+        {
+            "source": row.name,
+            "quant_method": ", ".join(row.methods),
+            "tensors of a weight": row.tensors,
+            "decoded": row.means,
+        }
+        for row in SOURCES.values()
+    ]
 
 
 def recipe_yaml(name: str) -> str:

@@ -20,6 +20,7 @@ from .checkpoints import DTYPES, ShardWriter
 from .job import Job
 from .runner import BlockStats
 from .searched import Facts, Search
+from .sources import DecodedCheckpoint
 from .weights import Groups, checked_amax, encode_group, linear_groups, read_tensor
 
 Record = Callable[[dict[str, Any]], None]
@@ -40,6 +41,8 @@ class Finisher:
         self._job, self._writer, self._record, self._advance = job, writer, record, advance
         self.facts: Facts = {}
         """What was searched and found, by linear; finite numbers."""
+        self.experts: list[Mapping[str, Any]] = []
+        """What is told of the experts of every block that has some."""
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="jqx-encode")
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="jqx-sync")
         self._closing: list[Future[None]] = []
@@ -64,7 +67,10 @@ class Finisher:
         tasks = [self._workers.submit(*task, stats) for task in self._tasks(unit)]
         if attention := self._attentions.get(unit):
             tasks.append(self._workers.submit(self._write, kv_tensors(self._job, attention, stats)))
-        self._closing.append(self._closer.submit(self._close, unit, tasks, dict(extra or {})))
+        told = {"experts": dict(stats.experts)} if stats.experts else {}
+        self.experts += told.values()
+        record = {**told, **(extra or {})}
+        self._closing.append(self._closer.submit(self._close, unit, tasks, record))
 
     def drain(self) -> None:
         """Wait until everything submitted is journalled."""
@@ -108,16 +114,28 @@ class Finisher:
     def _search(self, groups: Groups, stats: BlockStats) -> None:
         search = Search(self._job, groups, stats.inputs)
         self._write(search.run())
-        self.facts |= {path: _finite(facts) for path, facts in search.facts.items()}
+        sent = {path: {"tokens": float(n)} for path, n in stats.sent.items()}
+        self.facts |= {p: _finite(f) | sent.get(p, {}) for p, f in search.facts.items()}
         self._done(f"{path}.weight" for group in groups for path in group)
         self._done(search.changes())
 
     def _copy(self, name: str, stats: BlockStats) -> None:
+        if (path := name.removesuffix(".weight")) in self._job.kept:
+            self._keep(path)
+            return
         array = read_tensor(self._job, name)
         if array.dtype in (DTYPES["BF16"], DTYPES["F16"], DTYPES["F32"]):
             checked_amax(array, name)
         self._writer.write(name, array)
         self._job.checkpoint.release(name)
+        self._done((name,))
+
+    def _keep(self, path: str) -> None:
+        """Write a linear as it lies in a quantized source."""
+        job, name = self._job, f"{path}.weight"
+        assert isinstance(job.checkpoint, DecodedCheckpoint)
+        self._write(job.named(path, job.checkpoint.stored(name)))
+        job.checkpoint.release(name)
         self._done((name,))
 
     def _done(self, names: Iterable[str]) -> None:

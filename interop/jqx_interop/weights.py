@@ -19,6 +19,7 @@ from jqx.formats import Format, find_format, with_float_scales
 from jqx.formats.on_gpu import encode_on_gpu, encodes
 from jqx.tensors import QTensor
 
+from .carrying import carried
 from .choices import input_bound
 from .job import Job
 from .orientation import straight
@@ -83,14 +84,33 @@ def stored_group(job: Job, members: tuple[str, ...]) -> Iterator[tuple[str, QTen
 
     Raises InputError naming a weight that is not finite.
     """
-    weights = {path: read_weight(job, path) for path in members}
-    amax = {path: checked_amax(weights[path], path + ".weight") for path in members}
+    weights = {} if job.checkpoint.source else {path: read_weight(job, path) for path in members}
+    together = [path for path in members if _shares_scale(job, members, path)]
+    amax = {path: _amax(job, path, weights.get(path)) for path in together}
     for path in members:
-        choice = job.choices[path]
-        fmt = find_format(choice.weight or "")
-        whole = max(amax[p] for p in alike(job, members, path)) if one_scale(fmt) else None
-        yield path, encode_weight(weights[path], fmt, whole).replace(input_format=choice.input)
+        w = weights[path] if path in weights else read_weight(job, path)
+        if path in amax:
+            largest = max(amax[p] for p in alike(job, members, path))
+        else:
+            largest = checked_amax(w, path + ".weight")
+        fmt = find_format(job.choices[path].weight or "")
+        whole = largest if one_scale(fmt) else None
+        q = carried(job, path) or encode_weight(w, fmt, whole)
+        del w
+        yield path, q.replace(input_format=job.choices[path].input)
         job.checkpoint.release(path + ".weight")
+
+
+def _shares_scale(job: Job, members: tuple[str, ...], path: str) -> bool:
+    """Whether a linear shares the scale of its whole tensor with others, of which one after the
+    other is read twice where reading is decoding.
+    """
+    fmt = find_format(job.choices[path].weight or "")
+    return one_scale(fmt) and len(alike(job, members, path)) > 1
+
+
+def _amax(job: Job, path: str, weight: np.ndarray | None) -> np.float32:
+    return checked_amax(read_weight(job, path) if weight is None else weight, path + ".weight")
 
 
 def encode_group(

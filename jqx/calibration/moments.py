@@ -60,7 +60,7 @@ def start(wanted: Wanted) -> dict[str, Array]:
         found["block_log2"] = jnp.zeros((BINS,), jnp.int32)
     if "channel_mean" in found:
         found["_sum"] = jnp.zeros((k,), jnp.float32)
-    counts = {"_tokens": 0, "_rows": 0, "_batches": 0}
+    counts = {"_tokens": 0, "_met": 0, "_batches": 0}
     return found | {name: jnp.int32(n) for name, n in counts.items()}
 
 
@@ -79,15 +79,36 @@ def add(
 
     def one(i: Array, so_far: dict[str, Array]) -> dict[str, Array]:
         row = lax.dynamic_index_in_dim(x, i, keepdims=False)
-        return _add_row(so_far, row, ends[i], dtype)
+        return _add_row(so_far, row, jnp.int32(row.shape[0]), ends[i], dtype)
 
     return lax.fori_loop(0, count, one, moments)
 
 
-def _add_row(
-    moments: dict[str, Array], x: Float[Array, "tokens k"], end: Bool[Array, ""], dtype: str
+@partial(jax.jit, static_argnames=("dtype",), donate_argnums=(0,))
+def add_tokens(
+    moments: dict[str, Array],
+    x: Float[Array, "tokens k"],
+    count: Int32[Array, ""],
+    end: Bool[Array, ""],
+    *,
+    dtype: str,
 ) -> dict[str, Array]:
-    out, wide, tokens = dict(moments), x.astype(jnp.float32), x.shape[0]
+    """`moments` with the first `count` tokens of `x` added as one row; with `end` a statistics
+    batch is complete after it. For inputs that are not as many for every row, as those of experts.
+    """
+    inside = jnp.arange(x.shape[0]) < count
+    return _add_row(moments, jnp.where(inside[:, None], x, 0), count, end, dtype)
+
+
+def _add_row(
+    moments: dict[str, Array],
+    x: Float[Array, "tokens k"],
+    tokens: Int32[Array, ""],
+    end: Bool[Array, ""],
+    dtype: str,
+) -> dict[str, Array]:
+    """`moments` with so many `tokens` added, the first ones of `x`; zeros come after them."""
+    out, wide = dict(moments), x.astype(jnp.float32)
     magnitude = jnp.abs(wide)
     if "amax" in out:
         out["amax"] = jnp.maximum(out["amax"], round_to(jnp.max(magnitude), dtype))
@@ -99,16 +120,17 @@ def _add_row(
     if "gram" in out:
         out["gram"] = _add_upper(out["gram"], wide)
     if "block_gram" in out:
-        parts = wide.reshape(tokens, *out["block_gram"].shape[:2])
+        parts = wide.reshape(x.shape[0], *out["block_gram"].shape[:2])
         product = jnp.einsum("tki,tkj->kij", parts, parts, precision=HIGHEST)
         out["block_gram"] = out["block_gram"] + product
     if "block_log2" in out:
         out["block_log2"] = out["block_log2"] + block_log2(round_to(magnitude, dtype))
     if "root" in out:
-        at = (out["_tokens"], jnp.int32(0))
-        out["root"] = lax.dynamic_update_slice(out["root"], wide, at)
+        places = jnp.arange(x.shape[0])
+        at = jnp.where(places < tokens, out["_tokens"] + places, out["root"].shape[0])
+        out["root"] = out["root"].at[at].set(wide, mode="drop")
     out["_tokens"] = out["_tokens"] + tokens
-    out["_rows"] = out["_rows"] + 1
+    out["_met"] = out["_met"] + tokens
     out["_batches"] = out["_batches"] + end.astype(jnp.int32)
     return out if "channel_mean" not in out else _add_mean(out, magnitude, end, dtype)
 
@@ -139,11 +161,10 @@ def _add_mean(
 ) -> dict[str, Array]:
     """The sums of a row of magnitudes, and the mean of the batch if it ends."""
     total = out["_sum"] + jnp.sum(round_to(magnitude, dtype), axis=0)
-    met = (out["_rows"] * magnitude.shape[0]).astype(jnp.float32)
-    mean = round_to(divide(total, met), dtype)
+    mean = round_to(divide(total, out["_met"].astype(jnp.float32)), dtype)
     out["channel_mean"] = jnp.where(end, out["channel_mean"] + mean, out["channel_mean"])
     out["_sum"] = jnp.where(end, jnp.zeros_like(total), total)
-    out["_rows"] = jnp.where(end, 0, out["_rows"])
+    out["_met"] = jnp.where(end, 0, out["_met"])
     return out
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from .cache import CACHE_FORMATS, Kept, Past, Slots
 from .compute import Compute
-from .layers import Inside, settle
+from .layers import Inside, settle, wide
 from .projections import queries_keys_values
 from .sight import Heads, Sight, View, heads_of, view_of
 from .spec import Attention
@@ -40,7 +40,7 @@ def self_attention(
     real = positions >= 0
     slots = jnp.arange(positions.shape[1], dtype=positions.dtype)[None, :]
     pads = jnp.max(jnp.where(real, slots - positions, 0), axis=1)
-    sight = Sight(_each(row, real), 0, _each(row, pads))
+    sight = Sight(_each(row, real), 0, _each(row, pads), _sinks(row, inside, len(x)))
     y = _attended(row, q, k, v, sight, inside.compute)
     return inside.linear(inside.names.out, y), None
 
@@ -54,18 +54,24 @@ def cached_attention(
     q, k, v = _projected(row, inside, x, past.slots.positions(x.shape[1]))
     assert past.kept is not None
     kept = past.kept.with_tokens(k, v, past.slots.start, inside.compute)
-    y = looked_back(row, q, kept, past.slots, inside.compute)
+    sinks = _sinks(row, inside, len(x))
+    y = looked_back(row, q, kept, past.slots, inside.compute, sinks)
     return inside.linear(inside.names.out, y), kept
 
 
-def looked_back(
-    row: Attention, q: Float[Array, "n g t d"], kept: Kept, slots: Slots, compute: Compute
+def looked_back(  # noqa: PLR0913  sinks are few and rare
+    row: Attention,
+    q: Float[Array, "n g t d"],
+    kept: Kept,
+    slots: Slots,
+    compute: Compute,
+    sinks: Float[Array, "n g"] | None = None,
 ) -> Float[Array, "b t k"]:
     """What the queries find in what is kept. Few of them read codes where they are."""
     if compute.cache is not None and q.shape[2] <= _FEW and not _unlike(row):
         return _side_by_side(row, _in_codes(row, q, kept, slots, compute))
     real = _each(row, slots.real(kept.slots))
-    sight = Sight(real, slots.start, _each(row, slots.pads))
+    sight = Sight(real, slots.start, _each(row, slots.pads), sinks)
     k, v = kept.read(compute)
     if compute.cache is not None:  # what codes stand for in empty slots may be no number
         empty = jnp.arange(kept.slots, dtype=jnp.int32) >= slots.start + q.shape[2]
@@ -80,7 +86,16 @@ def _each(row: Attention, a: Array) -> Array:
 
 def _unlike(row: Attention) -> bool:
     """Whether scores are more than scaled products, in what the kernel sees."""
-    return any(choice is not None for choice in (row.cap, row.alibi, row.sparse))
+    choices = (row.cap, row.alibi, row.sparse, row.chunk, row.value_dim)
+    return row.sinks or any(choice is not None for choice in choices)
+
+
+def _sinks(row: Attention, inside: Inside, rows: int) -> Float[Array, "n g"] | None:
+    """The score of nothing, for every query head of every key/value head of every sequence."""
+    if not row.sinks:
+        return None
+    own = wide(inside.tensor(inside.names.sinks)).reshape(row.kv_heads, -1)
+    return jnp.tile(own, (rows, 1))
 
 
 def _in_codes(
@@ -106,7 +121,7 @@ def _in_codes(
 
 def _projected(
     row: Attention, inside: Inside, x: Array, positions: Array
-) -> tuple[Float[Array, "n g t d"], Float[Array, "n t d"], Float[Array, "n t d"]]:
+) -> tuple[Float[Array, "n g t d"], Float[Array, "n t d"], Float[Array, "n t m"]]:
     """Rotated queries, keys and values, and the latter two under the names they are kept under;
     n = b * kv_heads.
     """
@@ -115,7 +130,7 @@ def _projected(
     k, v = checkpoint_name(k, names.kept_k), checkpoint_name(v, names.kept_v)
     t, d = k.shape[2:]
     q = q.reshape(-1, row.heads // row.kv_heads, t, d)
-    return q, k.reshape(-1, t, d), v.reshape(-1, t, d)
+    return q, k.reshape(-1, t, d), v.reshape(-1, t, row.values)
 
 
 def _attended(
@@ -136,10 +151,10 @@ def _in_chunks(
     row: Attention,
     q: Float[Array, "n g t d"],
     k: Float[Array, "n e d"],
-    v: Float[Array, "n e d"],
+    v: Float[Array, "n e m"],
     sight: Sight,
     compute: Compute,
-) -> Float[Array, "n g t d"]:
+) -> Float[Array, "n g t m"]:
     t = q.shape[2]
     chunk = max(_CHUNK, -(-t // _MOST_CHUNKS))
 
@@ -162,10 +177,10 @@ def _batched(
     row: Attention,
     q: Float[Array, "n g t d"],
     k: Float[Array, "n e d"],
-    v: Float[Array, "n e d"],
+    v: Float[Array, "n e m"],
     sight: Sight,
     compute: Compute,
-) -> Float[Array, "n g t d"]:
+) -> Float[Array, "n g t m"]:
     view = view_of(row, sight, (0, q.shape[2]), (0, k.shape[1]), heads_of(row, sight))
     allowed = view.allowed.reshape((-1, *view.allowed.shape[-3:]))
     view = view._replace(allowed=allowed & sight.real[:, None, None, :])
@@ -184,10 +199,10 @@ def _softmax_values(
     row: Attention,
     q: Float[Array, "*lead g c d"],
     k: Float[Array, "*lead e d"],
-    v: Float[Array, "*lead e d"],
+    v: Float[Array, "*lead e m"],
     view: View,
     compute: Compute,
-) -> Float[Array, "*lead g c d"]:
+) -> Float[Array, "*lead g c m"]:
     *lead, g, c, d = q.shape
     product = {"precision": compute.precision, "preferred_element_type": jnp.float32}
     scores = jnp.einsum("...qd,...ed->...qe", q.reshape(*lead, g * c, d), k, **product)
@@ -197,10 +212,16 @@ def _softmax_values(
     if row.cap is not None:
         scores = row.cap * jnp.tanh(scores / row.cap)
     scores = jnp.where(view.allowed, scores, _MASKED)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    most = jnp.max(scores, axis=-1, keepdims=True)
+    if view.sinks is not None:
+        most = jnp.maximum(most, view.sinks)
+    weights = jnp.exp(scores - most)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    if view.sinks is not None:
+        total = total + jnp.exp(view.sinks - most)
     weights = settle(weights, compute).reshape(*lead, g * c, -1)
-    out = jnp.einsum("...qe,...ed->...qd", weights, v, **product).reshape(*lead, g, c, d)
+    out = jnp.einsum("...qe,...ed->...qd", weights, v, **product)
+    out = out.reshape(*lead, g, c, v.shape[-1])
     return settle(out / total, compute)
 
 

@@ -113,7 +113,8 @@ def check_heads(name: str | None, spec: ModelSpec) -> None:
     """Raises InputError for a row of CACHE_FORMATS whose blocks do not divide the heads."""
     size = None if name is None else CACHE_FORMATS[name].storage.block[1]
     rows = (kind.attention for kind in spec.blocks)
-    for d in {row.head_dim for row in rows if isinstance(row, Attention)} if size else ():
+    own = [d for row in rows if isinstance(row, Attention) for d in (row.head_dim, row.values)]
+    for d in sorted(set(own)) if size else ():
         if size and d % size:
             others = [other for other, row in CACHE_FORMATS.items() if row.storage.block[1] is None]
             raise InputError(
@@ -128,7 +129,7 @@ class Kept(NamedTuple):
     """
 
     keys: Float[Array, "n slots d"] | Codes
-    values: Float[Array, "n slots d"] | Codes
+    values: Float[Array, "n slots m"] | Codes
 
     @property
     def slots(self) -> int:
@@ -138,7 +139,7 @@ class Kept(NamedTuple):
     def with_tokens(
         self,
         k: Float[Array, "n t d"],
-        v: Float[Array, "n t d"],
+        v: Float[Array, "n t m"],
         start: Int[Array, ""],
         compute: Compute,
     ) -> "Kept":
@@ -149,7 +150,7 @@ class Kept(NamedTuple):
 
         return jax.tree.map(put, self, Kept(_encoded(k, compute), _encoded(v, compute)))
 
-    def read(self, compute: Compute) -> tuple[Float[Array, "n slots d"], Float[Array, "n slots d"]]:
+    def read(self, compute: Compute) -> tuple[Float[Array, "n slots d"], Float[Array, "n slots m"]]:
         """All keys and values, as operands of products."""
         return _decoded(self.keys, compute), _decoded(self.values, compute)
 
@@ -184,9 +185,10 @@ def empty(kind: BlockKind, rows: int, slots: int, compute: Compute) -> Kept | No
     row = kind.attention
     if not isinstance(row, Attention):
         return None
-    shape = (rows * row.kv_heads, slots, row.head_dim)
-    zeros = _encoded(jnp.zeros(shape, compute.carrier), compute)
-    return Kept(*jax.tree.map(jnp.copy, (zeros, zeros)))  # buffers of their own, to be donated
+    lead = (rows * row.kv_heads, slots)
+    zeros = [jnp.zeros((*lead, d), compute.carrier) for d in (row.head_dim, row.values)]
+    stored = [_encoded(a, compute) for a in zeros]
+    return Kept(*jax.tree.map(jnp.copy, stored))  # buffers of their own, to be donated
 
 
 @partial(jax.jit, static_argnames=("slots",))

@@ -14,23 +14,22 @@ marks padding, which no token sees.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jqx.transforms import Met, fake_kv, quantized
+from jqx.transforms import Met, quantized
 
 from .attention import cached_attention, self_attention
 from .cache import Kept, Past
 from .compute import FLOAT32, Compute
+from .inner import settling, stored_kv, through
 from .layers import Inside, Params, linear, module, norm, settle, wide
 from .layout import block_prefix
-from .mlp import mlp
 from .projections import queries_keys_values
-from .spec import LAYOUTS, Attention, BlockKind, Mlp, ModelSpec
+from .spec import Attention, BlockKind, ModelSpec
 from .thin import FEW, few_rows
 
 _jit = partial(jax.jit, static_argnames=("spec", "compute"))
@@ -90,10 +89,10 @@ def block(
     def run(params: Params, h: Array, positions: Array) -> Array:
         inside = Inside(spec.names, params, compute, kind.transposed)
         attend = partial(self_attention, positions=positions)
-        return _block(kind, inside, h, attend)[0]
+        return through(kind, inside, h, attend)[0]
 
-    named = _stored_kv(spec, kind, block_params, compute)
-    return quantized(run, named, settle=_settling(compute))(block_params, h, positions)
+    named = stored_kv(spec, kind, block_params, compute)
+    return quantized(run, named, settle=settling(compute))(block_params, h, positions)
 
 
 @_jit_block
@@ -109,16 +108,11 @@ def cached_block(
 
     def run(params: Params, h: Array, past: Past) -> tuple[Array, Kept | None]:
         inside = Inside(spec.names, params, compute, kind.transposed)
-        return _block(kind, inside, h, partial(cached_attention, past=past))
+        return through(kind, inside, h, partial(cached_attention, past=past))
 
-    named = _stored_kv(spec, kind, block_params, compute)
+    named = stored_kv(spec, kind, block_params, compute)
     product = _product(block_params, h, compute)
-    return quantized(run, named, product, _settling(compute))(block_params, h, past)
-
-
-def _settling(compute: Compute) -> Callable[[Array], Array]:
-    """What is done to rounded inputs, keys and values: they are results of operations too."""
-    return lambda x: settle(wide(x), compute)
+    return quantized(run, named, product, settling(compute))(block_params, h, past)
 
 
 def _product(params: Params, h: Array, compute: Compute) -> Callable[[Met], Array | None] | None:
@@ -127,90 +121,13 @@ def _product(params: Params, h: Array, compute: Compute) -> Callable[[Met], Arra
     return few_rows(params, compute) if few and compute.attention == "chunks" else None
 
 
-Attend = Callable[..., tuple[Array, Any]]
-
-
-def _block(kind: BlockKind, inside: Inside, h: Array, attend: Attend) -> tuple[Array, Any]:
-    """The states after a block, and what `attend` keeps besides its result."""
-    names, row = inside.names, LAYOUTS[kind.layout]
-    attention = partial(_attention, kind, inside, attend)
-    if row.parallel:
-        x = inside.norm(kind.norm, names.input_norm, h)
-        other = inside.norm(kind.norm, names.mlp_norm, h) if row.own else x
-        y, kept = attention(x)
-        both = _sum(y, _mlp(kind, inside, other), inside.compute)
-        return _added(kind, h, both, inside.compute), kept
-    kept = None
-    if kind.attention is not None:
-        ends = names.input_norm, names.attention_end
-        h, kept = _step(kind, inside, ends, h, attention)
-    if kind.mlp is not None:
-        ends = names.mlp_norm, names.mlp_end
-        h, _ = _step(kind, inside, ends, h, lambda x: (_mlp(kind, inside, x), None))
-    return h, kept
-
-
-def _step(
-    kind: BlockKind, inside: Inside, norms: tuple[str, str], h: Array, run: Attend
-) -> tuple[Array, Any]:
-    """The states after attention or an MLP, and what it keeps; `norms` are those before and after
-    it.
-    """
-    row, (before, after) = LAYOUTS[kind.layout], norms
-    x = inside.norm(kind.norm, before, h) if row.before else h
-    y, kept = run(x)
-    y = inside.norm(kind.norm, after, y) if row.after else y
-    h = _added(kind, x if kind.normed_residual else h, y, inside.compute)
-    return (inside.norm(kind.norm, after, h) if row.summed else h), kept
-
-
-def _added(kind: BlockKind, h: Array, y: Array, compute: Compute) -> Array:
-    if kind.residual_scale != 1.0:
-        y = settle(wide(y) * kind.residual_scale, compute)
-    return _sum(h, y, compute)
-
-
-def _sum(a: Array, b: Array, compute: Compute) -> Array:
-    return settle(wide(a) + wide(b), compute)
-
-
-def _attention(kind: BlockKind, inside: Inside, attend: Attend, x: Array) -> tuple[Array, Any]:
-    if isinstance(kind.attention, Attention):
-        return attend(kind.attention, inside, x)
-    return inside.linear(inside.names.replaced_attention, x), None
-
-
-def _mlp(kind: BlockKind, inside: Inside, x: Array) -> Array:
-    if isinstance(kind.mlp, Mlp):
-        return mlp(kind.mlp, inside, x)
-    return inside.linear(inside.names.replaced_mlp, x)
-
-
-def _stored_kv(
-    spec: ModelSpec, kind: BlockKind, params: Params, compute: Compute
-) -> dict[str, Callable[[Array], Array]]:
-    """What is done to keys and values, by the names they are kept under: rounded as the cache
-    stores them.
-    """
-    names, cache = spec.names, spec.kv_cache
-    if cache is None or not isinstance(kind.attention, Attention):
-        return {}
-
-    def stored(name: str, letter: str) -> Callable[[Array], Array]:
-        beside = module(params, name, {})
-        scale, bias = beside.get(f"{letter}_scale"), beside.get(f"{letter}_bias")
-        return lambda x: _settling(compute)(fake_kv(x, cache, scale, bias))
-
-    return {names.kept_k: stored(names.k, "k"), names.kept_v: stored(names.v, "v")}
-
-
 @_jit
 def head(
     spec: ModelSpec, params: Params, h: Float[Array, "b t k"], compute: Compute = FLOAT32
 ) -> Float[Array, "b t v"]:
     """Float32 logits of the hidden states after the last block."""
     run = partial(_head, spec, compute=compute)
-    return quantized(run, settle=_settling(compute))(params, h)
+    return quantized(run, settle=settling(compute))(params, h)
 
 
 @_jit
@@ -219,7 +136,7 @@ def next_logits(
 ) -> Float[Array, "b v"]:
     """`head` for the last token of every sequence alone."""
     run, product = partial(_head, spec, compute=compute), _product(params, h, compute)
-    return quantized(run, None, product, _settling(compute))(params, h)[:, 0]
+    return quantized(run, None, product, settling(compute))(params, h)[:, 0]
 
 
 def _head(spec: ModelSpec, params: Params, h: Array, compute: Compute) -> Array:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int
 
 from jqx_kernels.bits import round_to
 
-from .compute import Compute
+from .compute import FLOAT32, Compute
 from .spec import Names, Norm
 
 Params = Mapping[str, Any]
@@ -65,6 +65,13 @@ def linear(
 
     The bias, if `params` has one, is added before the result is rounded.
     """
+    return settle(unrounded(params, x, compute, axis), compute)
+
+
+def unrounded(
+    params: Params, x: Float[Array, "*lead k"], compute: Compute, axis: int = 1
+) -> Float32[Array, "*lead n"]:
+    """`linear` before its result is rounded."""
     rows = x.reshape(-1, x.shape[-1])
     y = lax.dot_general(
         rows,
@@ -75,23 +82,61 @@ def linear(
     )
     if "bias" in params:
         y = y + wide(params["bias"])[None, :]
-    return settle(y, compute).reshape(*x.shape[:-1], y.shape[-1])
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class Groups(NamedTuple):
+    """Rows that lie in groups: how many each has, and the number of that of each row."""
+
+    sizes: Int[Array, "e"]
+    own: Int[Array, "m"]
+
+
+def grouped_linear(
+    params: Params, x: Float[Array, "m k"], groups: Groups, compute: Compute
+) -> Float[Array, "m n"]:
+    """`linear` with a stack [e, n, k]: the rows of each group with a matrix of it."""
+    contract = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+    y = lax.ragged_dot_general(
+        x,
+        params["weight"].astype(x.dtype),
+        groups.sizes,
+        contract,
+        precision=compute.precision,
+        preferred_element_type=jnp.float32,
+    )
+    if "bias" in params:
+        y = y + wide(params["bias"])[groups.own]
+    return settle(y, compute)
 
 
 class Inside(NamedTuple):
     """The inside of a block: its parameters, what they are called, and how it is computed.
 
-    `transposed`: weights are [k, n].
+    `transposed`: weights are [k, n]. `groups`: weights are stacks, and rows lie in these groups.
     """
 
     names: Names
     params: Params
     compute: Compute
     transposed: bool = False
+    groups: Groups | None = None
 
     def linear(self, name: str, x: Float[Array, "*lead k"]) -> Float[Array, "*lead n"]:
         """What the linear called `name` makes of `x`."""
-        return linear(module(self.params, name), x, self.compute, 0 if self.transposed else 1)
+        params = module(self.params, name)
+        if self.groups is not None:
+            return grouped_linear(params, x, self.groups, self.compute)
+        return linear(params, x, self.compute, 0 if self.transposed else 1)
+
+    def exact_linear(self, name: str, x: Float[Array, "*lead k"]) -> Float32[Array, "*lead n"]:
+        """The same, in float32 whatever the model is."""
+        return unrounded(module(self.params, name), wide(x), FLOAT32)
+
+    def tensor(self, name: str) -> Array:
+        """The tensor called `name`."""
+        path, _, leaf = name.rpartition(".")
+        return module(self.params, path)[leaf]
 
     def norm(self, row: Norm, name: str, x: Float[Array, "*lead k"]) -> Float[Array, "*lead k"]:
         """What the norm called `name` makes of `x`."""
@@ -108,21 +153,21 @@ def norm(
 def _rms(params: Params, x: Array, eps: float, compute: Compute) -> Array:
     # Rounded twice: the normalised values are of the compute dtype before the weight meets them.
     weight = _along_last(wide(params["weight"]), x)
-    return settle(weight * wide(settle(_normalised(x, eps), compute)), compute)
+    return settle(weight * wide(settle(normalised(x, eps), compute)), compute)
 
 
 def _rms_once(params: Params, x: Array, eps: float, compute: Compute) -> Array:
-    return settle(_normalised(x, eps) * _along_last(wide(params["weight"]), x), compute)
+    return settle(normalised(x, eps) * _along_last(wide(params["weight"]), x), compute)
 
 
 def _rms_plus_one(params: Params, x: Array, eps: float, compute: Compute) -> Array:
     weight = _along_last(wide(params["weight"]), x)
-    return settle(_normalised(x, eps) * (1.0 + weight), compute)
+    return settle(normalised(x, eps) * (1.0 + weight), compute)
 
 
 def _layer(params: Params, x: Array, eps: float, compute: Compute) -> Array:
     x = wide(x)
-    y = _normalised(x - jnp.mean(x, axis=-1, keepdims=True), eps)
+    y = normalised(x - jnp.mean(x, axis=-1, keepdims=True), eps)
     y = y * _along_last(wide(params["weight"]), x)
     if "bias" in params:
         y = y + _along_last(wide(params["bias"]), x)
@@ -135,7 +180,8 @@ def _layer_plus_one(params: Params, x: Array, eps: float, compute: Compute) -> A
     return _layer({**params, "weight": round_to(wide(weight) + 1, weight.dtype)}, x, eps, compute)
 
 
-def _normalised(x: Array, eps: float) -> Array:
+def normalised(x: Float[Array, "*lead k"], eps: float) -> Float[Array, "*lead k"]:
+    """`x` over the root mean square of its last axis, in float32."""
     x = wide(x)
     return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 

@@ -9,7 +9,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 
-from .spec import LAYOUTS, Attention, BlockKind, Mlp, ModelSpec, Norm
+from jqx.tensors.stacks import members
+
+from .spec import LAYOUTS, Attention, BlockKind, Experts, Latent, Mlp, ModelSpec, Norm
+from .stores import linears_of, tensor_shapes
 
 Shape = tuple[int, ...]
 
@@ -25,11 +28,21 @@ def block_prefix(spec: ModelSpec, i: int) -> str:
 
 
 def param_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Name and shape of every parameter, in module order. A tied model has no head of its own."""
+    """Name and shape of every tensor of a checkpoint, in module order. A tied model has no head of
+    its own.
+    """
+    return members(leaf_shapes(spec))
+
+
+def leaf_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """`param_shapes` as parameters are in memory: tensors that each expert has are one stack, under
+    their name with "{}" in the place of its number.
+    """
     shapes = _first_shapes(spec)
     for i, kind in enumerate(spec.blocks):
         prefix = block_prefix(spec, i)
-        shapes |= {f"{prefix}.{name}": shape for name, shape in block_shapes(spec, kind).items()}
+        own = block_leaf_shapes(spec, kind)
+        shapes |= {f"{prefix}.{name}": shape for name, shape in own.items()}
     return shapes | _last_shapes(spec)
 
 
@@ -72,16 +85,46 @@ def head_tensors(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def block_shapes(spec: ModelSpec, kind: BlockKind) -> dict[str, Shape]:
-    """Name, relative to the block, and shape of every parameter of one block, in module order."""
+    """Name, relative to the block, and shape of every tensor of one block, in module order."""
+    return members(block_leaf_shapes(spec, kind))
+
+
+def block_leaf_shapes(spec: ModelSpec, kind: BlockKind) -> dict[str, Shape]:
+    """`block_shapes` as parameters are in memory."""
+    return front_shapes(spec, kind) | expert_shapes(spec, kind)
+
+
+def expert_shapes(spec: ModelSpec, kind: BlockKind) -> dict[str, Shape]:
+    """Those of `block_leaf_shapes` that experts are made of."""
+    row = kind.mlp
+    return tensor_shapes(row, spec.names, spec.hidden) if isinstance(row, Experts) else {}
+
+
+def front_shapes(spec: ModelSpec, kind: BlockKind) -> dict[str, Shape]:
+    """Those of `block_leaf_shapes` that are no experts': all of a block without any."""
     shapes: dict[str, Shape] = {}
     for name, n, k, bias in _attention_linears(spec, kind):
         shapes |= _linear(name, (n, k), bias, kind.transposed)
     if isinstance(kind.attention, Attention):
-        shapes |= _qk_norms(spec, kind.attention)
+        shapes |= _attention_extras(spec, kind.attention)
     for name, n, k, bias in _mlp_linears(spec, kind):
         shapes |= _linear(name, (n, k), bias, kind.transposed)
+    if isinstance(kind.mlp, Experts) and kind.mlp.router.corrected:
+        shapes[spec.names.correction] = (kind.mlp.number,)
     for name in _norms(spec, kind):
         shapes |= _norm(kind.norm, name, (spec.hidden,))
+    return shapes
+
+
+def _attention_extras(spec: ModelSpec, row: Attention) -> dict[str, Shape]:
+    """What attention has besides linears."""
+    names, shapes = spec.names, _qk_norms(spec, row)
+    if row.sinks:
+        shapes[names.sinks] = (row.heads,)
+    if (latent := row.latent) is not None:
+        if latent.q_rank is not None:
+            shapes |= _norm(latent.norm, names.q_a_norm, (latent.q_rank,))
+        shapes |= _norm(latent.norm, names.kv_a_norm, (latent.kv_rank,))
     return shapes
 
 
@@ -92,6 +135,7 @@ def _norms(spec: ModelSpec, kind: BlockKind) -> Iterator[str]:
         yield from (names.attention_end,) if row.after or row.summed else ()
     if kind.mlp is not None:
         yield from (names.mlp_norm,) if row.before and row.own >= row.parallel else ()
+        yield from (names.residual_norm,) if row.aside else ()
         yield from (names.mlp_end,) if row.after or row.summed else ()
 
 
@@ -107,30 +151,54 @@ def _attention_linears(spec: ModelSpec, kind: BlockKind) -> Iterator[tuple[str, 
         yield names.q, queries, spec.hidden, row.qkv_bias
         yield names.k, keys, spec.hidden, row.qkv_bias
         yield names.v, keys, spec.hidden, row.qkv_bias
+    elif row.latent is not None:
+        yield from _latent_linears(spec, row, row.latent)
     else:
         yield names.qkv, queries + 2 * keys, spec.hidden, row.qkv_bias
-    yield names.out, spec.hidden, queries, row.out_bias
+    yield names.out, spec.hidden, row.heads * row.values, row.out_bias
+
+
+def _latent_linears(
+    spec: ModelSpec, row: Attention, latent: Latent
+) -> Iterator[tuple[str, int, int, bool]]:
+    names, queries = spec.names, row.heads * row.head_dim
+    if latent.q_rank is None:
+        yield names.q, queries, spec.hidden, False
+    else:
+        yield names.q_a, latent.q_rank, spec.hidden, row.qkv_bias
+        yield names.q_b, queries, latent.q_rank, False
+    yield names.kv_a, latent.kv_rank + latent.rotating, spec.hidden, row.qkv_bias
+    still = row.head_dim - latent.rotating
+    yield names.kv_b, row.heads * (still + row.values), latent.kv_rank, False
 
 
 def _mlp_linears(spec: ModelSpec, kind: BlockKind) -> Iterator[tuple[str, int, int, bool]]:
     names, row = spec.names, kind.mlp
     if row is None:
         return
-    if not isinstance(row, Mlp):
+    if isinstance(row, Experts):
+        yield from _beside_experts(spec, row)
+    elif isinstance(row, Mlp):
+        yield from _mlp_of(spec, row, "")
+    else:
         yield names.replaced_mlp, spec.hidden, spec.hidden, False
-        return
-    for field, times in MLP_INPUTS[row.form]:
-        yield getattr(names, field), times * row.inner, spec.hidden, row.bias
-    yield names.down, spec.hidden, row.inner, row.bias
 
 
-MLP_INPUTS: dict[str, tuple[tuple[str, int], ...]] = {
-    "gated": (("gate", 1), ("up", 1)),
-    "fused_gated": (("gate_up", 2),),
-    "plain": (("up", 1),),
-    "gegelu": (("gate_up", 2),),
-}
-"""Mlp.form -> the linears that read its input, as fields of Names, and their rows to a channel."""
+def _mlp_of(spec: ModelSpec, row: Mlp, which: str) -> Iterator[tuple[str, int, int, bool]]:
+    """The linears of an MLP whose names begin with `which` in Names."""
+    for linear, n, k in linears_of(row, spec.hidden):
+        yield getattr(spec.names, f"{which}{linear}"), n, k, row.bias
+
+
+def _beside_experts(spec: ModelSpec, row: Experts) -> Iterator[tuple[str, int, int, bool]]:
+    """The router, and what all tokens take beside experts."""
+    yield spec.names.router, row.number, spec.hidden, row.router.bias
+    if row.shared is not None:
+        yield from _mlp_of(spec, row.shared, "shared_")
+    if row.shared_gate:
+        yield spec.names.shared_scorer, 1, spec.hidden, False
+    if row.residual is not None:
+        yield from _mlp_of(spec, row.residual, "residual_")
 
 
 def _qk_norms(spec: ModelSpec, row: Attention) -> dict[str, Shape]:

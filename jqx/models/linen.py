@@ -18,7 +18,7 @@ from jqx.tensors.qtensor import LEAVES, QTensor
 from .compute import FLOAT32, Compute
 from .decoder import forward
 from .layers import GAIN_OFFSETS
-from .layout import param_shapes
+from .layout import leaf_shapes
 from .spec import ModelSpec
 
 
@@ -38,7 +38,7 @@ class CausalLM(nn.Module):
         self, ids: Int[Array, "b t"], positions: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b t v"]:
         """Logits of every token; see `jqx.models.forward`."""
-        roots = {name.split(".")[0]: None for name in param_shapes(self.spec)}
+        roots = {name.split(".")[0]: None for name in leaf_shapes(self.spec)}
         params = {root: self._tensors(root) for root in roots}
         return forward(self.spec, params, ids, self.compute, positions)
 
@@ -47,7 +47,7 @@ class CausalLM(nn.Module):
             return self.param(root, _draw, self.spec, root)
         # not self.param, which would compare the leaves inside a QTensor
         found = meta.unbox(self.get_variable("params", root))
-        for name, shape in param_shapes(self.spec).items():
+        for name, shape in leaf_shapes(self.spec).items():
             if name.split(".")[0] == root and (have := _shape_at(found, name)) != shape:
                 what = f"{name} is missing" if have is None else f"{name} has the shape {have}"
                 raise InputError(f"{what}, and the model needs one of {shape}")
@@ -66,7 +66,7 @@ def init_params(spec: ModelSpec, key: Key[Array, ""]) -> dict[str, Any]:
 
 
 def _draw(key: Key[Array, ""], spec: ModelSpec, root: str) -> Any:
-    shapes = {name: s for name, s in param_shapes(spec).items() if name.split(".")[0] == root}
+    shapes = {name: s for name, s in leaf_shapes(spec).items() if name.split(".")[0] == root}
     keys = jax.random.split(key, len(shapes))
     leaves = {
         name: _leaf(spec, name, s, k) for (name, s), k in zip(shapes.items(), keys, strict=True)

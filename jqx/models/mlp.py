@@ -5,6 +5,7 @@ gated         down(act(gate(x)) * up(x))
 fused_gated   the same, with gate and up as rows of one linear, one after the other
 plain         down(act(up(x)))
 gegelu        down(g(a) * (b + 1)), a and b every other row of one linear, clipped
+gegelu_apart  the same, with a and b of linears of their own, gate and up
 """
 
 from collections.abc import Callable
@@ -17,9 +18,14 @@ from .layers import Inside, activate, settle, wide
 from .spec import Mlp
 
 
-def mlp(row: Mlp, inside: Inside, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
-    """What the MLP makes of the normed input `x`."""
-    return inside.linear(inside.names.down, MLPS[row.form](row, inside, x))
+def mlp(
+    row: Mlp,
+    inside: Inside,
+    x: Float[Array, "*lead k"],
+    between: Callable[[Array], Array] = lambda inner: inner,
+) -> Float[Array, "*lead k"]:
+    """What the MLP makes of the normed input `x`; `between` is applied to the inner channels."""
+    return inside.linear(inside.names.down, between(MLPS[row.form](row, inside, x)))
 
 
 def _gated(row: Mlp, inside: Inside, x: Array) -> Array:
@@ -44,7 +50,15 @@ def _plain(row: Mlp, inside: Inside, x: Array) -> Array:
 def _gegelu(row: Mlp, inside: Inside, x: Array) -> Array:
     both = wide(inside.linear(inside.names.gate_up, x))
     both = both.reshape(*both.shape[:-1], row.inner, 2)
-    gate, up = both[..., 0], both[..., 1]
+    return _clipped(row, inside, both[..., 0], both[..., 1])
+
+
+def _gegelu_apart(row: Mlp, inside: Inside, x: Array) -> Array:
+    gate, up = (inside.linear(name, x) for name in (inside.names.gate, inside.names.up))
+    return _clipped(row, inside, wide(gate), wide(up))
+
+
+def _clipped(row: Mlp, inside: Inside, gate: Array, up: Array) -> Array:
     if row.limit is not None:
         gate, up = jnp.minimum(gate, row.limit), jnp.clip(up, -row.limit, row.limit)
     return settle(gate * jax.nn.sigmoid(1.702 * gate) * (up + 1), inside.compute)
@@ -55,5 +69,6 @@ MLPS: dict[str, Callable[[Mlp, Inside, Array], Array]] = {
     "fused_gated": _fused_gated,
     "plain": _plain,
     "gegelu": _gegelu,
+    "gegelu_apart": _gegelu_apart,
 }
 """Mlp.form -> function to the inner channels."""

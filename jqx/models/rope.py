@@ -117,7 +117,8 @@ def _llama3(rope: Rope, d: int, _: Array) -> Array:
     frequency = _frequencies(rope.theta, d)
     wavelength = np.float32(2 * np.pi) / frequency
     low, high, trained = rope.low_freq_factor, rope.high_freq_factor, rope.trained_length
-    smooth = (np.float32(trained) / wavelength - np.float32(low)) / np.float32(high - low)
+    width = np.float32(high - low) if high != low else np.float32(1)  # then none is between
+    smooth = (np.float32(trained) / wavelength - np.float32(low)) / width
     scaled = frequency / np.float32(rope.factor)
     between = (1 - smooth) * scaled + smooth * frequency
     kept = np.where(wavelength < trained / high, frequency, between)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which keys a query sees, and what is added to their scores: windows, blocks and alibi.
+"""Which keys a query sees, and what is added to their scores: windows, chunks, blocks, alibi and
+sinks.
 
 A key has a slot, where it lies among the keys, and a position, how far it is from the beginning of
 its text: slot - pads.
@@ -20,35 +21,39 @@ _BF16 = jnp.dtype("bfloat16")
 
 class Sight(NamedTuple):
     """What queries may look at: the keys marked `real` that are not after them, where the first
-    query is beside key `first`. Position 0 is that of key `pads`, None where it is key 0.
+    query is beside key `first`. Position 0 is that of key `pads`, None where it is key 0. `sinks`:
+    the score of nothing for every query head, None where it counts for nothing.
     """
 
     real: Bool[Array, "n e"]
     first: Int[Array, ""] | int = 0
     pads: Int[Array, "n"] | None = None
+    sinks: Float[Array, "n g"] | None = None
 
 
 class Heads(NamedTuple):
     """What scores of heads depend on besides queries and keys; None where they do not. `slopes`:
-    of alibi; `number`: those of the query heads; `pads` as in Sight.
+    of alibi; `number`: those of the query heads; `pads` and `sinks` as in Sight.
     """
 
     slopes: Float[Array, "*n g"] | None = None
     number: Int[Array, "*n g"] | None = None
     pads: Int[Array, "*n"] | None = None
+    sinks: Float[Array, "*n g"] | None = None
 
 
 class View(NamedTuple):
-    """Which scores count, and what is added to them."""
+    """Which scores count, what is added to them, and a score beside them."""
 
     allowed: Bool[Array, "*some c e"]
     bias: Float[Array, "*n g 1 e"] | None = None
+    sinks: Float[Array, "*n g 1 1"] | None = None
 
 
 def heads_of(row: Attention, sight: Sight) -> Heads:
     """For every key/value head of every sequence, what its scores depend on."""
-    if row.alibi is None and row.sparse is None:
-        return Heads()
+    if row.alibi is None and row.sparse is None and row.chunk is None:
+        return Heads(sinks=sight.sinks)
     n, group = sight.real.shape[0], row.heads // row.kv_heads
     number = jnp.arange(row.heads, dtype=jnp.int32).reshape(row.kv_heads, group)
     number = jnp.tile(number, (n // row.kv_heads, 1))
@@ -57,7 +62,7 @@ def heads_of(row: Attention, sight: Sight) -> Heads:
         known = jnp.asarray(slopes_of(row.alibi, row.heads))
         slopes = jnp.tile(known.reshape(row.kv_heads, -1), (n // row.kv_heads, 1))
     pads = jnp.zeros(n, jnp.int32) if sight.pads is None else sight.pads
-    return Heads(slopes, number, pads)
+    return Heads(slopes, number, pads, sight.sinks)
 
 
 def view_of(
@@ -70,11 +75,15 @@ def view_of(
     slots = jnp.arange(*keys, dtype=jnp.int32)
     distance = at[:, None] - slots[None, :]
     near = distance >= 0 if row.window is None else (distance >= 0) & (distance < row.window)
+    sinks = None if heads.sinks is None else heads.sinks[..., None, None]
     if heads.pads is None:
-        return View(near[None])
+        return View(near[None], sinks=sinks)
     lead = (1,) * heads.pads.ndim
-    view = View(near.reshape(*lead, 1, *near.shape))
+    view = View(near.reshape(*lead, 1, *near.shape), sinks=sinks)
     seen, mine = (a.reshape(*lead, -1) - heads.pads[..., None] for a in (slots, at))
+    if row.chunk is not None:
+        together = mine[..., :, None] // row.chunk == seen[..., None, :] // row.chunk
+        view = view._replace(allowed=view.allowed & together[..., None, :, :])
     if row.sparse is not None:
         allowed = view.allowed & _in_blocks(row.sparse, heads, mine, seen)
         view = view._replace(allowed=allowed)

@@ -2,12 +2,13 @@
 """What a decoder is: every architectural choice as a field of a frozen, hashable row.
 
     ModelSpec  = sizes + Names + one BlockKind per layer
-    BlockKind  = Attention + Mlp + Norm + layout: everything the program of one block depends on
+    BlockKind  = Attention + Mlp or Experts + Norm + layout: all that the program of one block
+                 depends on
 
 A field whose values are words is the key of a table (`LAYOUTS` here, `NORMS` and `ACTIVATIONS` in
 layers.py, `SCALINGS` and `PAIRS` in rope.py, `PROJECTIONS` and `QK_NORMS` in projections.py, `MLPS`
-in mlp.py), so a new choice is a new entry there. Layers that differ (windows, widths) have
-different kinds.
+in mlp.py, `ROUTERS` in routing.py, `STORES` in stores.py), so a new choice is a new entry there.
+Layers that differ (windows, widths) have different kinds.
 """
 
 from dataclasses import dataclass, field
@@ -75,14 +76,31 @@ class Sparse:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Latent:
+    """Queries, keys and values that are made of fewer channels: `kv_rank` of keys and values, with
+    a norm, `q_rank` of queries (None: of the input, without one). `rotating` channels of a head
+    turn; those of keys are made of the input itself, the same for all heads.
+    """
+
+    kv_rank: int
+    q_rank: int | None
+    rotating: int
+    norm: Norm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
     """Causal self-attention; query head i reads key/value head i // (heads / kv_heads).
 
-    A query sees the keys at distances 0 .. window - 1 (`None`: all earlier ones). Scores are
-    multiplied by `scale`, then bent as cap * tanh(scores / cap). `qkv` is a key of PROJECTIONS: how
-    q, k and v lie in the checkpoint; what they come out as is clamped to +-`clip`. `qk_norm`
-    normalises queries and keys before they rotate; `qk_norm_of` is a key of QK_NORMS: over what.
-    Queries at positions p >= `log_from` are multiplied by log(p + 1) / log(log_from).
+    A query sees the keys at distances 0 .. window - 1 (`None`: all earlier ones), of those at its
+    own number position // `chunk`. Scores are multiplied by `scale`, then bent as cap * tanh(scores
+    / cap). `qkv` is a key of PROJECTIONS: how q, k and v lie in the checkpoint, `latent` what that
+    of "latent" has more; what they come out as, normed, is clamped to +-`clip`. `value_dim`:
+    channels of a head of values, where not `head_dim`. `qk_norm` normalises queries and keys before
+    they rotate; `qk_norm_of` is a key of QK_NORMS: over what. With `unit_eps` heads of them
+    are divided by their root mean squares after that. Queries at positions p >= `log_from` are
+    multiplied by log(p + 1) / log(log_from), with `heat` (scale, floor) by 1 + scale log(1 +
+    floor((p + 1) / floor)). `sinks`: a learned score for each head, of nothing.
     """
 
     heads: int
@@ -101,6 +119,17 @@ class Attention:
     alibi: Alibi | None = None
     sparse: Sparse | None = None
     log_from: int | None = None
+    latent: Latent | None = None
+    value_dim: int | None = None
+    chunk: int | None = None
+    unit_eps: float | None = None
+    heat: tuple[float, float] | None = None
+    sinks: bool = False
+
+    @property
+    def values(self) -> int:
+        """Channels of a head of values."""
+        return self.value_dim or self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +148,48 @@ class Mlp:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Router:
+    """Which experts a token goes to, and with what weights; `kind` is a key of ROUTERS.
+
+    `groups` of experts of which a token chooses `top_groups` first. Weights are divided by their
+    `power`-norm where that is given, then multiplied by `scale`. `bias`: of logits; `corrected`:
+    whether one is added to scores for the choice alone. `exact`: logits and weights are float32,
+    whatever the model is. `threshold`: of "sparsemixer".
+    """
+
+    kind: str
+    groups: int = 1
+    top_groups: int = 1
+    power: float | None = None
+    scale: float = 1.0
+    bias: bool = False
+    corrected: bool = False
+    exact: bool = False
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """`number` MLPs like `each`, of which every token takes `top_k`, weighted as `router` says.
+
+    `store` is a key of STORES: how they lie in a checkpoint. `weighs_input`: weights multiply what
+    experts read, not what they make. `shared`: an MLP that all tokens take too, with
+    `shared_gate` times the sigmoid of a linear; `residual`: one that reads what attention left
+    through a norm of its own, while the experts read the input of the block.
+    """
+
+    number: int
+    top_k: int
+    each: Mlp
+    router: Router
+    store: str = "separate"
+    weighs_input: bool = False
+    shared: Mlp | None = None
+    shared_gate: bool = False
+    residual: Mlp | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Replaced:
     """One square linear in the place of attention or of an MLP."""
 
@@ -134,7 +205,7 @@ class BlockKind:
     """
 
     attention: Attention | Replaced | None
-    mlp: Mlp | Replaced | None
+    mlp: Mlp | Experts | Replaced | None
     norm: Norm
     layout: str = "pre"
     residual_scale: float = 1.0
@@ -146,6 +217,7 @@ class BlockKind:
 class Layout:
     """Where a block has norms: before and after attention and MLP, and after what they add is
     added. `parallel`: both read the input of the block; `own`: the MLP through a norm of its own.
+    `aside`: experts read the input of the block, and an MLP beside them what attention left.
     """
 
     before: bool = False
@@ -153,6 +225,7 @@ class Layout:
     summed: bool = False
     parallel: bool = False
     own: bool = False
+    aside: bool = False
 
 
 LAYOUTS = {
@@ -162,6 +235,7 @@ LAYOUTS = {
     "summed": Layout(summed=True),
     "parallel": Layout(before=True, parallel=True),
     "parallel_two": Layout(before=True, parallel=True, own=True),
+    "aside": Layout(before=True, aside=True),
 }
 """BlockKind.layout -> where norms are."""
 
@@ -203,7 +277,30 @@ class Names:
     gate_up: str = "mlp.gate_up_proj"
     down: str = "mlp.down_proj"
     replaced_mlp: str = "mlp.linear_mlp"
+    q_a: str = "self_attn.q_a_proj"
+    q_a_norm: str = "self_attn.q_a_layernorm"
+    q_b: str = "self_attn.q_b_proj"
+    kv_a: str = "self_attn.kv_a_proj_with_mqa"
+    kv_a_norm: str = "self_attn.kv_a_layernorm"
+    kv_b: str = "self_attn.kv_b_proj"
+    sinks: str = "self_attn.sinks"  # a tensor
+    router: str = "mlp.gate"
+    correction: str = "mlp.gate.e_score_correction_bias"  # a tensor
+    expert_gate: str = "mlp.experts.{}.gate_proj.weight"  # tensors; {}: the number of the expert
+    expert_up: str = "mlp.experts.{}.up_proj.weight"
+    expert_gate_up: str = "mlp.experts.gate_up_proj"
+    expert_down: str = "mlp.experts.{}.down_proj.weight"
+    experts: str = "mlp.experts"  # what names of experts begin with that fused ones get apart
+    shared_gate: str = "mlp.shared_expert.gate_proj"
+    shared_up: str = "mlp.shared_expert.up_proj"
+    shared_down: str = "mlp.shared_expert.down_proj"
+    shared_scorer: str = "mlp.shared_expert_gate"
+    residual_norm: str = "residual_layernorm"
+    residual_gate: str = "residual_mlp.w1"
+    residual_up: str = "residual_mlp.w3"
+    residual_down: str = "residual_mlp.w2"
     buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # globs: tensors that are no parameters
+    carried: tuple[str, ...] = ()  # globs: tensors of other models, which stay as they are
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

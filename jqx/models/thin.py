@@ -28,6 +28,7 @@ from jqx.formats import Encoded, Format, decode, step_of, with_float_scales
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
 from jqx.transforms import Met
+from jqx.transforms.views import Piece
 from jqx_kernels.bits import bits, from_bits, round_to
 
 from .compute import Compute
@@ -51,21 +52,41 @@ _CONTRACT = (((1,), (1,)), ((), ()))
 
 def few_rows(params: Params, compute: Compute) -> Callable[[Met], Array | None]:
     """What `quantized` takes as `product`: float32 `x @ w.T` for a few rows and a weight of
-    `params` [n, k], stored or not; None for any other use.
+    `params` [n, k], or a member of a stack of them, stored or not; None for any other use.
     """
     leaves = flatten(params)
     exact = compute.dtype == _BF16  # the rows are bfloat16 numbers already
 
     def product(met: Met) -> Float[Array, "m n"] | None:
-        x, w = met.x, leaves[met.use.path]
-        axes = met.use.activation_axes, met.use.weight_axes
-        if axes != ((1,), (1,)) or not met.whole or x.shape[0] > FEW:
+        x = met.x
+        if met.use.activation_axes != (1,) or x.ndim != 2 or x.shape[0] > FEW:
             return None
+        w = _matrix(met, leaves[met.use.path])
         if isinstance(w, QTensor):
             return _stored(x.astype(jnp.float32), w, exact) if w.columns == (1,) else None
-        return _plain(x.astype(jnp.float32), w, exact) if w.dtype == _BF16 else None
+        if w is None or w.dtype != _BF16:
+            return None
+        return _plain(x.astype(jnp.float32), w, exact)
 
     return product
+
+
+def _matrix(met: Met, leaf: Array | QTensor) -> Array | QTensor | None:
+    """What is met as it is in memory, if that is a matrix that is summed over its last axis: all of
+    a parameter, or a member of a stack of packed codes. (Of others XLA picks the member as fast.)
+    """
+    if met.whole:
+        return leaf if met.use.weight_axes == (1,) and leaf.ndim == 2 else None
+    view = met.view
+    if not isinstance(leaf, QTensor) or leaf.format.packing == "bytes":
+        return None
+    if view is None or leaf.ndim != 3 or len(view.fixed) != 1:
+        return None
+    whole = [(Piece(axis, leaf.shape[axis]),) for axis in (1, 2)]
+    (place,) = view.fixed
+    if list(view.axes) != whole or place.axis != 0 or met.use.weight_axes != (2,):
+        return None
+    return leaf.member(0, jnp.int32(place.offset))
 
 
 def _plain(x: Float[Array, "m k"], w: Float[Array, "n k"], exact: bool) -> Float[Array, "m n"]:

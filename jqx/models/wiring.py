@@ -5,8 +5,11 @@ and whose channels are whose. Names are relative to the block.
 
 from typing import NamedTuple
 
-from .layout import MLP_INPUTS, Shape, block_prefix, block_shapes, param_shapes
-from .spec import LAYOUTS, Attention, BlockKind, Mlp, ModelSpec
+from jqx.tensors.stacks import EACH, member_name
+
+from .layout import Shape, block_prefix, block_shapes, param_shapes
+from .spec import LAYOUTS, Attention, BlockKind, Experts, Mlp, ModelSpec
+from .stores import linears_of
 
 Group = tuple[str, ...]
 
@@ -16,13 +19,13 @@ PASSES_FACTORS = frozenset({"relu"})
 
 def input_groups(spec: ModelSpec, kind: BlockKind) -> tuple[Group, ...]:
     """The linears of a block in module order, those that read the same input together."""
-    first, last = _attention_groups(spec, kind)
-    inner, outer = _mlp_groups(spec, kind)
+    first, *rest = _attention_groups(spec, kind)
+    inner, *outer = _mlp_groups(spec, kind)
     row = LAYOUTS[kind.layout]
     if row.parallel and not row.own:
-        groups = (first + inner, last, outer)
+        groups = (first + inner, *rest, *outer)
     else:
-        groups = (first, last, inner, outer)
+        groups = (first, *rest, inner, *outer)
     return tuple(group for group in groups if group)
 
 
@@ -32,36 +35,90 @@ def linears(spec: ModelSpec, kind: BlockKind) -> tuple[str, ...]:
     return tuple(name for group in parts for name in group)
 
 
-def _attention_groups(spec: ModelSpec, kind: BlockKind) -> tuple[Group, Group]:
-    """The linears that read the input of attention, and those that read what it found."""
+def _attention_groups(spec: ModelSpec, kind: BlockKind) -> tuple[Group, ...]:
+    """The linears that read the input of attention, further ones, and those that read what it
+    found.
+    """
     names, row = spec.names, kind.attention
     if row is None:
-        return (), ()
+        return ((),)
     if not isinstance(row, Attention):
-        return (names.replaced_attention,), ()
+        return ((names.replaced_attention,),)
+    if row.latent is not None:
+        first = (names.q,) if row.latent.q_rank is None else (names.q_a,)
+        more = () if row.latent.q_rank is None else (names.q_b,)
+        return (*first, names.kv_a), more, (names.kv_b,), (names.out,)
     separate = row.qkv == "separate"
     return (names.q, names.k, names.v) if separate else (names.qkv,), (names.out,)
 
 
-def _mlp_groups(spec: ModelSpec, kind: BlockKind) -> tuple[Group, Group]:
+def _mlp_groups(spec: ModelSpec, kind: BlockKind) -> tuple[Group, ...]:
+    """The linears that read the input of the MLP, and further ones. Experts, and what is beside
+    them, have groups of their own: a router is not quantized with them.
+    """
     names, row = spec.names, kind.mlp
     if row is None:
-        return (), ()
+        return ((),)
+    if isinstance(row, Experts):
+        return ((names.router,), *_beside_groups(spec, row), *_expert_groups(spec, row))
     if not isinstance(row, Mlp):
-        return (names.replaced_mlp,), ()
-    return tuple(getattr(names, field) for field, _ in MLP_INPUTS[row.form]), (names.down,)
+        return ((names.replaced_mlp,),)
+    return _groups_of(spec, row, "{}")
+
+
+def _groups_of(spec: ModelSpec, row: Mlp, field: str) -> tuple[Group, Group]:
+    """The linears of an MLP; `field`: their names as fields of Names."""
+    *inner, last = (
+        getattr(spec.names, field.format(name)).removesuffix(".weight")
+        for name, _, _ in linears_of(row, spec.hidden)
+    )
+    return tuple(inner), (last,)
+
+
+def _beside_groups(spec: ModelSpec, row: Experts) -> tuple[Group, ...]:
+    found: list[Group] = []
+    if row.shared is not None:
+        found += _groups_of(spec, row.shared, "shared_{}")
+    if row.shared_gate:
+        found.append((spec.names.shared_scorer,))
+    if row.residual is not None:
+        found += _groups_of(spec, row.residual, "residual_{}")
+    return tuple(found)
+
+
+def _expert_groups(spec: ModelSpec, row: Experts) -> tuple[Group, ...]:
+    """Those of each expert; none where all of them are in one tensor."""
+    groups = _groups_of(spec, row.each, "expert_{}")
+    if not all(EACH in name for group in groups for name in group):
+        return ()
+    return tuple(
+        tuple(member_name(name, e) for name in group) for e in range(row.number) for group in groups
+    )
 
 
 def norm_readers(spec: ModelSpec, kind: BlockKind) -> dict[str, Group]:
-    """Norm -> the linears that read its output, where nothing else does."""
+    """Norm -> the linears that read its output, where nothing else does. Not that of experts: their
+    router reads it too.
+    """
     row, names = LAYOUTS[kind.layout], spec.names
     if not row.before or kind.normed_residual:
         return {}
     first, inner = _attention_groups(spec, kind)[0], _mlp_groups(spec, kind)[0]
+    if isinstance(kind.mlp, Experts):
+        inner = ()
     if row.parallel and not row.own:
         return {names.input_norm: first + inner}
-    found = {names.input_norm: first, names.mlp_norm: inner}
+    found = {names.input_norm: first, **_latent_readers(spec, kind), names.mlp_norm: inner}
     return {norm: readers for norm, readers in found.items() if readers}
+
+
+def _latent_readers(spec: ModelSpec, kind: BlockKind) -> dict[str, Group]:
+    """The linears that read the norms inside attention."""
+    row, names = kind.attention, spec.names
+    if not isinstance(row, Attention) or row.latent is None:
+        return {}
+    queries = {} if row.latent.q_rank is None else {names.q_a_norm: (names.q_b,)}
+    return {**queries, names.kv_a_norm: (names.kv_b,)}
 
 
 def row_feeders(spec: ModelSpec, kind: BlockKind) -> dict[str, str]:

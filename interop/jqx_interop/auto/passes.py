@@ -24,13 +24,13 @@ from jqx.models import (
     kinds,
 )
 from jqx.tensors.paths import unflatten
+from jqx_interop.blocks import load_block, read_leaf
 from jqx_interop.chain import rows_per_call, used_rows
 from jqx_interop.data import CalibrationSet
 from jqx_interop.device import compute_of
 from jqx_interop.evaluation.passes import chunk_of
 from jqx_interop.job import Job
 from jqx_interop.progress import Progress
-from jqx_interop.runner import load_block, read_leaf
 from jqx_interop.saved_stats import SavedStats
 from jqx_interop.searched import Search
 from jqx_interop.weights import linear_groups, read_tensor, read_weight

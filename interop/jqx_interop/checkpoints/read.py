@@ -37,6 +37,7 @@ class Checkpoint:
     files: tuple[Path, ...]  # the safetensors files
     mapped: MappedTensors
     notes: Mapping[str, str] = field(default_factory=dict)  # metadata of the files
+    source: str | None = None  # how its weights are stored, where they are decoded
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name` as a read-only view of its file, in its stored dtype.
@@ -44,6 +45,13 @@ class Checkpoint:
         bfloat16 and the float8 types are the ml_dtypes ones. KeyError if there is none.
         """
         return self.mapped.read(name)
+
+    def check_numbers(self) -> None:
+        """Raise InputError for numbers that weights cannot be decoded with: here none are."""
+
+    def read_member(self, name: str, index: int) -> np.ndarray:
+        """One of what the tensor `name` holds along its first axis."""
+        return self.read(name)[index]
 
     def release(self, name: str) -> None:
         """Drop the resident pages of `name`; views of it stay valid."""

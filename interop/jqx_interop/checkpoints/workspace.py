@@ -149,7 +149,7 @@ class Workspace:
         (self.directory / "journal.jsonl").unlink(missing_ok=True)
         if self.files.exists():
             shutil.rmtree(self.files)
-        for file in self.directory.glob("hidden-*.bin"):  # states that did not fit into memory
+        for file in self.directory.glob("*.bin"):  # states that did not fit into memory
             file.unlink()
         (self.directory / "lock").unlink(missing_ok=True)
         self.directory.rmdir()

@@ -89,6 +89,7 @@ app.command(rich_help_panel="Tables")(told(tables.formats))
 app.command(rich_help_panel="Tables")(told(tables.recipes))
 app.command(rich_help_panel="Tables")(told(tables.families))
 app.command(rich_help_panel="Tables")(told(tables.targets))
+app.command(rich_help_panel="Tables")(told(tables.sources))
 app.command(rich_help_panel="Tables")(told(tables.kernels))
 
 

@@ -9,6 +9,7 @@ import typer
 from .console import MODEL, Bars, out, print_json, size
 from .options import (
     DATA,
+    AllExperts,
     AsJson,
     BatchSize,
     Calib,
@@ -58,6 +59,7 @@ def calibrate(  # noqa: PLR0913  a command's options are its parameters
     batch_size: BatchSize = 0,
     max_memory: MaxMemory = "4GiB",
     compute: ComputeIn = "auto",
+    all_experts: AllExperts = False,
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
@@ -81,6 +83,7 @@ def calibrate(  # noqa: PLR0913  a command's options are its parameters
         compute=compute,
         options=pairs(set_),
         restart=restart,
+        all_experts=all_experts,
     )
     recipes = (*(qformat or ()), *(read_recipe(file) for file in recipe or ()))
     with Bars() as bars:

@@ -35,6 +35,14 @@ ComputeIn = Annotated[
 Restart = Annotated[
     bool, typer.Option("--restart", help="Throw an unfinished run away.", rich_help_panel=HOW)
 ]
+AllExperts = Annotated[
+    bool,
+    typer.Option(
+        "--all-experts",
+        help="Statistics of an expert are those of all tokens (default: of those sent to it).",
+        rich_help_panel=DATA,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -23,6 +23,7 @@ from .export import complete_targets
 from .options import (
     DATA,
     HOW,
+    AllExperts,
     AsJson,
     BatchSize,
     Calib,
@@ -140,6 +141,25 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
             rich_help_panel=HOW,
         ),
     ] = False,
+    keep_source: Annotated[
+        bool,
+        typer.Option(
+            "--keep-source",
+            help="Linears that are quantized in MODEL already, and that the recipe leaves alone, "
+            "stay as they are (default: decoded).",
+            rich_help_panel=HOW,
+        ),
+    ] = False,
+    all_experts: AllExperts = False,
+    expert_coverage: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Fail before any work if less than this share of the weights of experts would be "
+            "quantized.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     restart: Restart = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would happen and what it costs; do nothing.")
@@ -184,6 +204,9 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         low_memory=low_memory,
         fold=fold,
         unify_fp8=unify_fp8,
+        keep_source=keep_source,
+        all_experts=all_experts,
+        expert_coverage=expert_coverage,
     )
     job = prepare(model, read_recipe(recipe) if recipe else qformat, settings, planned=plan)
     inputs = Inputs() if job.outlined else load_inputs(job)
@@ -263,6 +286,9 @@ def _show_report(report: "Report", verdicts: "tuple[Verdict, ...]", as_json: boo
         f"{report.bits:.2f} bits a parameter, in {duration(report.seconds)}",
         markup=False,
     )
+    for line in (report.carried, report.experts):
+        if line is not None:
+            out.print(line, markup=False)
     if report.report is not None:
         weights = "; no inputs could be had, so its errors are those of weights alone"
         of = weights if report.errors_of == "weights" else ""

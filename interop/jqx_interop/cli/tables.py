@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jqx formats`, `recipes`, `families`, `targets`, `kernels`: the rows of tables."""
+"""`jqx formats`, `recipes`, `families`, `targets`, `sources`, `kernels`: the rows of tables."""
 
 from typing import Annotated, Any
 
@@ -52,6 +52,13 @@ def targets(as_json: AsJson = False) -> None:
     from jqx_interop.tables import target_rows
 
     _show("Targets", target_rows(), as_json)
+
+
+def sources(as_json: AsJson = False) -> None:
+    """List how quantized checkpoints are stored that can be quantized again."""
+    from jqx_interop.tables import stored_rows
+
+    _show("Sources", stored_rows(), as_json)
 
 
 def kernels(as_json: AsJson = False) -> None:

@@ -96,7 +96,7 @@ INTRINSIC: tuple[Rule[Seen], ...] = (
     Rule(
         name="model-type",
         check=_met("model-type"),
-        source="jqx families, and jqx_interop/outlines.py",
+        source="jqx families",
         way_out="compare the tensors' names with those of the original",
         severity=WARNING,
     ),

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from jqx.errors import InputError
-from jqx.models import ModelSpec, linear_shapes, param_shapes
+from jqx.models import Experts, ModelSpec, linear_shapes, param_shapes
 from jqx_interop.architecture import optional_tensors, spec_for
 from jqx_interop.families import FAMILIES
 from jqx_interop.families.family import REQUIRED
+from jqx_interop.families.from_config import reader_of
 from jqx_interop.families.reader import Reader
-from jqx_interop.inventory import EMBEDDINGS, KEPT
-from jqx_interop.outlines import OUTLINES, outlined_parameters
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -21,16 +20,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Known:
     """`parameters`: name -> shape of everything there should be, empty where that is not known;
     `linears`: path -> [n, k] of what could be quantized; `spec`: of families that are defined here;
-    `optional`: globs of what else there may
-    be; `outlined`: whether that is from an outline, which sources are not held to; `problems`:
-    (rule, text).
+    `optional`: globs of what else there may be; `problems`: (rule, text).
     """
 
     parameters: Shapes
     linears: Shapes
     spec: ModelSpec | None = None
     optional: tuple[str, ...] = ()
-    outlined: bool = False
     problems: tuple[tuple[str, str], ...] = ()
 
 
@@ -49,13 +45,14 @@ def read_known(config: Mapping[str, Any], tensors: Collection[str]) -> Known:
     if problems := _sizes(kind, plain):
         return _nothing(*problems)
     try:
-        if kind in FAMILIES:
-            return _defined(plain, tensors)
-        if kind in OUTLINES and not any(name.endswith(STACKS) for name in tensors):
-            return _outlined(kind, plain)
+        if kind in FAMILIES and not any(name.endswith(STACKS) for name in tensors):
+            known = _defined(plain, tensors)
+            if known.spec is None or not _in_one_tensor(known.spec):
+                return known
     except InputError as error:
         return _nothing(("model-type", f"names and shapes were not compared: {error}"))
-    text = f"model_type {kind!r:.40} is not defined here: names and shapes were not compared"
+    what = "keeps experts in one tensor" if kind in FAMILIES else "is not defined here"
+    text = f"model_type {kind!r:.40} {what}: names and shapes were not compared"
     return _nothing(("model-type", text))
 
 
@@ -69,14 +66,17 @@ def _nothing(*problems: tuple[str, str]) -> Known:
 
 def _sizes(kind: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Sizes without which no engine builds the model."""
-    read = Reader(FAMILIES[kind], config) if kind in FAMILIES else None
+    if kind not in FAMILIES:
+        return []
+    try:
+        read = reader_of(config)
+    except InputError as error:
+        return [("config", str(error))]
     problems = []
-    for meaning in REQUIRED if kind in (*FAMILIES, *OUTLINES) else ():
-        keys = read.keys(meaning) if read else (meaning,)
-        value = _size(read, meaning) if read else config.get(meaning)
-        needed = kind in FAMILIES or meaning != "intermediate_size"
-        if (value is not None or needed) and (type(value) is not int or value < 1):
-            text = f"config.json has {keys[0]} {value!r:.40}, not a whole number from 1"
+    for meaning in REQUIRED:
+        value, name = _size(read, meaning), next(iter(read.keys(meaning)), meaning)
+        if type(value) is not int or value < 1:
+            text = f"config.json has {name} {value!r:.40}, not a whole number from 1"
             problems.append(("config", text))
     return problems
 
@@ -88,6 +88,12 @@ def _size(read: Reader, meaning: str) -> Any:
         return None
 
 
+def _in_one_tensor(spec: ModelSpec) -> bool:
+    """Whether experts lie in one tensor, which quantized checkpoints call in several ways."""
+    rows = (kind.mlp for kind in spec.blocks)
+    return any(isinstance(row, Experts) and row.store != "separate" for row in rows)
+
+
 def _defined(config: dict[str, Any], tensors: Collection[str]) -> Known:
     spec = spec_for(config, tensors)
     return Known(
@@ -96,23 +102,3 @@ def _defined(config: dict[str, Any], tensors: Collection[str]) -> Known:
         spec=spec,
         optional=optional_tensors(spec),
     )
-
-
-def _outlined(kind: str, config: dict[str, Any]) -> Known:
-    parameters = outlined_parameters(config)
-    optional = ["*.rotary_emb.inv_freq"]
-    if config.get("qkv_bias") is False:
-        parameters = {n: shape for n, shape in parameters.items() if not n.endswith(".bias")}
-    if config.get("topk_method") not in (None, "noaux_tc"):
-        parameters = {n: shape for n, shape in parameters.items() if not n.endswith(KEPT)}
-    optional += [f"*.{KEPT}"]
-    optional += ["*.self_attn.*.bias"] if config.get("attention_bias") else []
-    optional += ["lm_head.weight"] if config.get("tie_word_embeddings") else []
-    for i in range(OUTLINES[kind].predicts):
-        optional.append(f"model.layers.{config['num_hidden_layers'] + i}.*")
-    linears = {
-        name.removesuffix(".weight"): shape
-        for name, shape in parameters.items()
-        if len(shape) == 2 and not EMBEDDINGS.search(name.removesuffix(".weight"))
-    }
-    return Known(parameters=parameters, linears=linears, optional=tuple(optional), outlined=True)

@@ -4,23 +4,27 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+_MIXED = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "kimi_k2", "llama4", "gpt_oss")
+_MORE_MIXED = ("deepseek_v2", "olmoe", "granitemoe", "phimoe", "dbrx", "llama4_text")
 _MODERN = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "nemotron-nas")
 
 SERVED: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         # model_executor/models/registry.py of 0.32
         "vllm": frozenset(
-            (*_MODERN, "gemma", "gemma2", "gpt2", "gptj", "opt", "bloom", "falcon", "nemotron")
+            (*_MODERN, *_MIXED, *_MORE_MIXED, "gemma", "gemma2", "gpt2", "gptj", "opt", "bloom")
+            + ("falcon", "nemotron")
             + ("granite", "cohere", "cohere2", "chatglm", "glm4", "internlm2", "exaone", "exaone4")
             + ("stablelm",)
         ),
         # docs/supported_models/generative_models.md
         "sglang": frozenset(
-            (*_MODERN, "gemma", "gemma2", "phi", "stablelm", "cohere", "chatglm", "internlm2")
+            (*_MODERN, *_MIXED, *_MORE_MIXED, "gemma", "gemma2", "phi", "stablelm", "cohere")
+            + ("chatglm", "internlm2")
             + ("exaone", "baichuan", "granite", "glm4", "starcoder2")
         ),
         # _torch/models/_arch_index.py
-        "trtllm": frozenset((*_MODERN, "cohere2", "exaone4", "nemotron", "starcoder2")),
+        "trtllm": frozenset((*_MODERN, *_MIXED, "cohere2", "exaone4", "nemotron", "starcoder2")),
         # the families of vLLM that it runs through transformers
         "vllm-transformers": frozenset(
             ("glm", "gpt_neox", "olmo2", "phi", "smollm3", "starcoder2")

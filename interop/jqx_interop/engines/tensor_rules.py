@@ -40,16 +40,7 @@ def _missing(facts: Facts) -> Iterator[str]:
         for leaf in linear.scheme.leaves if linear.scheme else ():
             if leaf.needed and leaf.name not in linear.leaves and not _of_inputs(facts, leaf):
                 yield f"{linear.path}.{leaf.name} is missing"
-    yield from _absent(facts) if not facts.known.outlined else ()
-
-
-def _outline(facts: Facts) -> Iterator[str]:
-    """Parameters that a model known by its outline has not, has otherwise, or has too many of."""
-    if not facts.known.outlined or not facts.said.understood:
-        return
-    yield from _absent(facts) if facts.whole else ()
-    yield from _sized(facts)
-    yield from _beside(facts)
+    yield from _absent(facts)
 
 
 def _absent(facts: Facts) -> Iterator[str]:
@@ -99,7 +90,7 @@ def _shapes(facts: Facts) -> Iterator[str]:
         if _other_size(linear, leaf, linear.dims) is None:
             wanted = " or ".join(str(list(s)) for s in leaf.shapes(linear.dims))
             yield f"{info.name} has shape {list(info.shape)}, and should have {wanted}"
-    yield from _sized(facts) if not facts.known.outlined else ()
+    yield from _sized(facts)
 
 
 def _sized(facts: Facts) -> Iterator[str]:
@@ -149,7 +140,7 @@ def _unknown(facts: Facts) -> Iterator[str]:
         for leaf, info in linear.leaves.items():
             if not _known(linear, leaf):
                 yield f"{info.name} is no tensor of {_told(linear)}"
-    if facts.shapes and facts.said.understood and not facts.known.outlined:
+    if facts.shapes and facts.said.understood:
         yield from _beside(facts)
 
 
@@ -212,10 +203,4 @@ TENSOR_RULES = (
     TensorRule(name="shape", check=_shapes, source=LAYOUT),
     TensorRule(name="group-size", check=_sizes, source="group_size of the descriptions"),
     TensorRule(name="unknown-tensor", check=_unknown, source=LAYOUT),
-    TensorRule(
-        name="outline",
-        check=_outline,
-        source="jqx_interop/outlines.py: names and shapes of the checkpoints on the Hub",
-        given=True,
-    ),
 )

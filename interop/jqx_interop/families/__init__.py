@@ -3,5 +3,6 @@
 
 from .family import Family as Family
 from .from_config import context_of as context_of
+from .from_config import reader_of as reader_of
 from .from_config import spec_from_config as spec_from_config
 from .table import FAMILIES as FAMILIES

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from jqx.models import Attention, BlockKind, Mlp, ModelSpec, Names, Rope
+from jqx.models import Attention, BlockKind, Experts, Mlp, ModelSpec, Names, Rope
 
 if TYPE_CHECKING:
     from .reader import Reader
@@ -45,11 +45,13 @@ class Family:
     `layout` where norms are; `qkv` how q, k and v lie; `mlp` the form of the MLP. `qk_norm`: what
     queries and keys are normed over (None: nothing). `rotates`: how many channels of a head turn
     (None: all); `rope`: how. `windows` is a key of WINDOWS: which layers slide. `activations`
-    replaces what a config file says by what the weights were trained with. `folds_rows`: ModelOpt
+    replaces what a config file says by what the weights were trained with. `text`: the
+    key of the config inside the config, for models that see more than text. `folds_rows`: ModelOpt
     moves the NVFP4 AWQ factors of o_proj and down_proj into the rows of the linear before them.
 
     What else a family has is said by functions of what is read: `of_attention` and `of_mlp` finish
-    those of every layer, `of_layer` a layer by its number, `of_model` the whole.
+    those of every layer, `experts` says which layer has experts, and which, in the place of its
+    MLP, `of_layer` finishes a layer by its number, `of_model` the whole.
     """
 
     model_type: str
@@ -77,8 +79,10 @@ class Family:
     head_bias: bool = False
     of_attention: "Callable[[Reader, Attention], Attention]" = _as_it_is
     of_mlp: "Callable[[Reader, Mlp], Mlp]" = _as_it_is
+    experts: "Callable[[Reader, Mlp, int], Mlp | Experts]" = _as_it_is
     of_layer: "Callable[[Reader, BlockKind, int], BlockKind]" = _as_it_is
     of_model: "Callable[[Reader, ModelSpec], ModelSpec]" = _as_it_is
+    text: str | None = None
     folds_rows: bool = False
 
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from jqx import InputError
-from jqx.models import Attention, BlockKind, Mlp, ModelSpec, Norm
+from jqx.models import Attention, BlockKind, Experts, Mlp, ModelSpec, Norm
 from jqx.models.layers import ACTIVATIONS
 
+from .experts import check_experts
 from .family import Family
 from .reader import Reader
 from .rope import head_dim
@@ -34,7 +35,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _spec(config: Mapping[str, Any]) -> ModelSpec:
-    read = Reader(family_of(config), config)
+    read = reader_of(config)
     read.check_required()
     row = read.row
     norm = Norm(kind=row.norm, eps=float(read("rms_norm_eps")), bias=row.norm_bias)
@@ -60,10 +61,24 @@ def context_of(config: Mapping[str, Any]) -> int:
 
     Raises InputError if it says no positive number.
     """
-    tokens = Reader(family_of(config), config)("max_position_embeddings")
+    tokens = reader_of(config)("max_position_embeddings")
     if not isinstance(tokens, int) or tokens < 1:
         raise InputError(f"config.json: max_position_embeddings is {tokens!r}, no positive number")
     return tokens
+
+
+def reader_of(config: Mapping[str, Any]) -> Reader:
+    """The reader of a config, or of what it says of text. Raises InputError as `family_of`, and
+    where it says nothing of text.
+    """
+    row = family_of(config)
+    if row.text is None:
+        return Reader(row, config)
+    inner = config.get(row.text)
+    if not isinstance(inner, Mapping):
+        raise InputError(f"config of model_type {row.model_type!r} has no object {row.text}")
+    outer = {key: config[key] for key in ("quantization_config",) if key in config}
+    return Reader(row, {**inner, **outer})
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -99,7 +114,11 @@ def _blocks(read: Reader, norm: Norm) -> tuple[BlockKind, ...]:
     for i, window in enumerate(WINDOWS[row.windows](read)):
         assert isinstance(kind.attention, Attention)
         found = replace(kind, attention=replace(kind.attention, window=window))
+        if isinstance(kind.mlp, Mlp):
+            found = replace(found, mlp=row.experts(read, kind.mlp, i))
         found = row.of_layer(read, found, i)
+        if isinstance(found.mlp, Experts):
+            check_experts(read, found.mlp)
         blocks.append(known.setdefault(found, found))
     return tuple(blocks)
 

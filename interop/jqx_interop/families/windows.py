@@ -21,6 +21,23 @@ def _every_layer(read: Reader) -> Windows:
     return (read("sliding_window"),) * read("num_hidden_layers")
 
 
+def _every_layer_if_used(read: Reader) -> Windows:
+    return (_if_used(read),) * read("num_hidden_layers")
+
+
+def _typed(read: Reader) -> Windows:
+    """`layer_types` decides if windows are used, and must be there then: what its absence means
+    differs between versions of the code that reads it.
+    """
+    window = _if_used(read)
+    if window is not None and read("layer_types") is None:
+        raise InputError(
+            f"config sets use_sliding_window for model_type {read.row.model_type!r} without "
+            "layer_types, which says where windows are"
+        )
+    return _by_types(read, window, lambda i: False)
+
+
 def _from_max_window_layers(read: Reader) -> Windows:
     """`layer_types` decides if given, else layers from max_window_layers on slide, if windows are
     used at all.
@@ -40,6 +57,11 @@ def _by_pattern(read: Reader) -> Windows:
     if isinstance(pattern, str):  # L slides
         return _by_types(read, window, lambda i: pattern[i % len(pattern)] == "L")
     return _by_types(read, window, lambda i: (i + 1) % pattern != 0)
+
+
+def _every_other(read: Reader) -> Windows:
+    """`layer_types` decides if given, else all layers with even numbers slide."""
+    return _by_types(read, read("sliding_window"), lambda i: i % 2 == 0)
 
 
 def _where_used(read: Reader) -> Windows:
@@ -69,6 +91,9 @@ WINDOWS: Mapping[str, Callable[[Reader], Windows]] = MappingProxyType(
     {
         "never": _never,
         "every_layer": _every_layer,
+        "every_layer_if_used": _every_layer_if_used,
+        "every_other": _every_other,
+        "typed": _typed,
         "from_max_window_layers": _from_max_window_layers,
         "by_pattern": _by_pattern,
         "where_used": _where_used,

@@ -2,7 +2,9 @@
 """Deployment layouts: how a quantized tree lies on disk, and the files that describe it."""
 
 from .ct_layout import RECIPROCALS as RECIPROCALS
+from .ct_layout import ZERO_POINT as ZERO_POINT
 from .ct_layout import inexact_scales as inexact_scales
+from .ct_layout import zeros_of as zeros_of
 from .ct_schemes import METHOD as METHOD
 from .int4_layout import INDEX as INDEX
 from .int4_layout import holds as holds

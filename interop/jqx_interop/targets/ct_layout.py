@@ -172,17 +172,21 @@ def has_zero_points(arrays: Mapping[str, np.ndarray]) -> bool:
     return ZERO_POINT in arrays
 
 
+def zeros_of(arrays: Mapping[str, np.ndarray], bits: int, rows: int) -> np.ndarray:
+    """The zero points of signed codes, int32 [rows, blocks]."""
+    found = np.ascontiguousarray(arrays[ZERO_POINT].T).view(np.uint8)
+    if bits == 4:
+        found = np.stack([found & 15, found >> 4], 2).reshape(found.shape[0], -1)
+    return found[:, :rows].T.astype(np.int32) - (1 << (bits - 1))
+
+
 def _shift(
     arrays: Mapping[str, np.ndarray], like: QTensor, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """What codes with zero points are more than symmetric ones; None where there are none."""
     if ZERO_POINT not in arrays:
         return None
-    words, bits = arrays[ZERO_POINT].T, like.format.element.bits
-    found = np.ascontiguousarray(words).view(np.uint8)
-    if bits == 4:
-        found = np.stack([found & 15, found >> 4], 2).reshape(found.shape[0], -1)
-    zeros = found[:, : shape[0]].T.astype(np.int32) - (1 << (bits - 1))
+    zeros = zeros_of(arrays, like.format.element.bits, shape[0])
     scale = arrays["weight_scale"].astype(np.float32).reshape(like.scale.shape)
     return shift(scale, zeros, shape[1])
 

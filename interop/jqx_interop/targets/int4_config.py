@@ -84,7 +84,7 @@ def int4_choices(
 
     Raises InputError for other numbers of bits, other arrangements, and no size of blocks.
     """
-    _check(said)
+    check_said(said)
     size = said.get("group_size", said.get("q_group_size"))
     if type(size) is not int or (size < 1 and size != -1):
         raise InputError(f"its group_size is {size!r}, not a positive whole number or -1")
@@ -106,7 +106,8 @@ def int4_choices(
     return found
 
 
-def _check(said: Mapping[str, Any]) -> None:
+def check_said(said: Mapping[str, Any]) -> None:
+    """Raise InputError for other numbers of bits and other arrangements."""
     bits = said.get("bits", said.get("w_bit"))
     if bits != BITS:
         raise InputError(f"its codes have {bits!r} bits, and only {BITS} are read in this layout")

@@ -89,16 +89,23 @@ class Int4Layout:
         scale = arrays["scales"].astype(np.float32).T
         if (problem := unread(arrays)) is not None:
             raise InputError(problem)
-        zeros = _nibbles(arrays["qzeros"], self.order).astype(np.int32) + (ZERO - self.zero)
-        codes = self._unpacked(arrays["qweight"]).T
         return QTensor(
-            codes=_pairs(codes).reshape(like.codes.shape),
+            codes=_pairs(self.codes(arrays)).reshape(like.codes.shape),
             scale=np.ascontiguousarray(scale).reshape(like.scale.shape),
             tensor_scale=None,
             format=like.format,
             dtype=like.dtype,
-            low_rank=shift(scale, zeros.T - ZERO, shape[1]),
+            low_rank=shift(scale, self.zeros(arrays) - ZERO, shape[1]),
         )
+
+    def codes(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Codes [n, k], 0 to 15."""
+        return self._unpacked(arrays["qweight"]).T
+
+    def zeros(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The code that decodes to 0, of every block [n, blocks]."""
+        found = _nibbles(arrays["qzeros"], self.order).astype(np.int32)
+        return found.T + (ZERO - self.zero)
 
     def shifted(self, arrays: Mapping[str, np.ndarray]) -> bool:
         """Whether codes have other zeros than 8."""

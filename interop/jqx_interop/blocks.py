@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters of one block, or of one of its experts, from the checkpoint."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jqx.models import (
+    STORES,
+    Compute,
+    Experts,
+    block_leaf_shapes,
+    block_prefix,
+    expert_tensors,
+    front_shapes,
+    kinds,
+)
+from jqx.tensors.paths import unflatten
+from jqx.tensors.stacks import EACH, member_name, stacked
+
+from .compressing import compressed
+from .job import Job
+from .weights import read_tensor
+
+
+def load_block(job: Job, i: int, compute: Compute) -> dict[str, Any]:
+    """The parameters of block `i`, matrices in the dtype that products take, cast once; with
+    `low_memory` those that will be quantized are stored. Experts are stacks.
+    """
+    assert job.spec is not None
+    names = job.inventory.units[job.inventory.blocks[i]]
+    return _tree(job, i, names, compute)
+
+
+def load_front(job: Job, i: int, compute: Compute) -> dict[str, Any]:
+    """Those of `load_block` that are not of experts."""
+    assert job.spec is not None
+    own = front_shapes(job.spec, kinds(job.spec)[i])
+    prefix = block_prefix(job.spec, i)
+    inside = job.inventory.units[job.inventory.blocks[i]]
+    return _tree(job, i, tuple(n for n in inside if n.removeprefix(f"{prefix}.") in own), compute)
+
+
+def _tree(job: Job, i: int, names: tuple[str, ...], compute: Compute) -> dict[str, Any]:
+    assert job.spec is not None
+    prefix = block_prefix(job.spec, i) + "."
+    leaves: dict[str, Any] = dict(compressed(job, names)) if job.settings.low_memory else {}
+    for name in names:
+        if name not in leaves:
+            leaves[name] = read_leaf(job, name, compute)
+    inside = {name.removeprefix(prefix): leaf for name, leaf in leaves.items()}
+    return unflatten(stacked(inside, block_leaf_shapes(job.spec, kinds(job.spec)[i])))
+
+
+def load_expert(job: Job, i: int, e: int, compute: Compute) -> dict[str, Any]:
+    """The parameters of expert `e` of block `i`, as `jqx.models.expert` takes them."""
+    assert job.spec is not None
+    row, prefix = kinds(job.spec)[i].mlp, block_prefix(job.spec, i)
+    assert isinstance(row, Experts)
+    leaves = {}
+    for path, tensor in expert_tensors(row, job.spec.names, job.spec.hidden).items():
+        name = f"{prefix}.{tensor}"
+        if EACH in tensor:
+            leaves[path] = read_leaf(job, f"{prefix}.{member_name(tensor, e)}", compute)
+            continue
+        linear, _, leaf = path.partition(".")
+        own = STORES[row.store].one(read_tensor(job, name), row.number, e, (linear, leaf))
+        leaves[path] = _cast(jnp.asarray(own), compute)
+    return unflatten(leaves)
+
+
+def read_leaf(job: Job, name: str, compute: Compute) -> jax.Array:
+    """The tensor `name`, a matrix in the dtype that products take; its pages are released."""
+    leaf = _cast(jnp.asarray(read_tensor(job, name)), compute)
+    jax.block_until_ready(leaf)  # or what is still computed brings the pages back
+    job.checkpoint.release(name)
+    return leaf
+
+
+def _cast(array: jax.Array, compute: Compute) -> jax.Array:
+    return array.astype(compute.carrier) if array.ndim > 1 else array

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of all tokens between the front of a block with experts and its end: the states,
+what experts read, which of them, and the sums of what they made.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from jqx.errors import InputError
+from jqx.models import Compute, Experts, Front, Routed
+
+from .checkpoints import allocate
+from .hidden import HiddenStates
+
+
+class Sent(NamedTuple):
+    """The tokens of one expert, their numbers, and the weights it has for them."""
+
+    tokens: Int[np.ndarray, " n"]
+    weights: Float32[np.ndarray, " n"]
+
+
+class RoutedStates:
+    """The fronts of the calls of `hidden`, one after another, and the sums of their tokens."""
+
+    def __init__(self, row: Experts, hidden: HiddenStates, compute: Compute):
+        """Files lie where those of `hidden` do, if it has any."""
+        count, rows, length, self.width = hidden.shape
+        self.row, self._folder = row, hidden.folder
+        self._call, self._size, self._tokens = (rows, length), rows * length, count * rows * length
+        self.real, self._length = hidden.real * length, length
+        carrier = np.dtype(compute.carrier)
+        self._h, self._x = self._states("h", carrier), self._states("x", carrier)
+        self._beside = None if row.shared is None else self._states("beside", carrier)
+        self.total = self._states("total", np.dtype(np.float32))
+        self._ids = np.zeros((self._tokens, row.top_k), np.int32)
+        self._weights = np.zeros(self._ids.shape, np.float32)
+
+    def _states(self, name: str, dtype: np.dtype) -> Float[np.ndarray, "t k"]:
+        shape = (self._tokens, self.width)
+        if self._folder is None:
+            return np.zeros(shape, dtype)
+        path = self._folder / f"experts-{name}.bin"
+        with open(path, "wb") as file:  # a mapping that meets a full disk kills the process
+            allocate(file.fileno(), int(np.prod(shape)) * dtype.itemsize)
+        return np.memmap(path, dtype, "r+", shape=shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    def put(self, n: int, front: Front) -> None:
+        """Keep what was found of call `n`."""
+        at, given = slice(n * self._size, (n + 1) * self._size), front.given
+        self._h[at] = np.asarray(front.h).reshape(self._size, -1)
+        self._x[at], self._ids[at] = np.asarray(given.x), np.asarray(given.ids)
+        self._weights[at] = np.asarray(given.weights, np.float32)
+        if self._beside is not None:
+            assert front.beside is not None
+            self._beside[at] = np.asarray(front.beside).reshape(self._size, -1)
+
+    def sent(self) -> list[Sent]:
+        """What is sent to every expert, in the order of tokens."""
+        pairs = self._ids[: self.real].reshape(-1)
+        weights, k = self._weights[: self.real].reshape(-1), self.row.top_k
+        order = np.argsort(pairs, kind="stable")
+        ends = np.searchsorted(pairs[order], np.arange(self.row.number + 1))
+        own = (order[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True))
+        return [Sent(at // k, weights[at]) for at in own]
+
+    def everywhere(self) -> list[Sent]:
+        """As if all tokens were sent to every expert: with weight 0 where they are not. Raises
+        InputError where weights multiply what experts read.
+        """
+        if self.row.weighs_input:
+            raise InputError(
+                "experts of this model read their tokens times the weights that the router gives, "
+                "and other tokens have none: leave --all-experts out"
+            )
+        found = []
+        for one in self.sent():
+            weights = np.zeros(self.real, np.float32)
+            weights[one.tokens] = one.weights
+            found.append(Sent(np.arange(self.real), weights))
+        return found
+
+    def rows(self, tokens: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n k"]:
+        """What experts read of these tokens."""
+        return self._x[tokens]
+
+    def close(self) -> None:
+        """Remove the files."""
+        if self._folder is None:
+            return
+        for name in ("h", "x", "total", "beside"):
+            (self._folder / f"experts-{name}.bin").unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """Sums are complete: the rows that the last call repeats have those of the last one."""
+        self.total[self.real :] = np.resize(
+            self.total[self.real - self._length : self.real],
+            (self._tokens - self.real, self.width),
+        )
+
+    def front(self, n: int) -> tuple[Front, Float32[np.ndarray, "t k"]]:
+        """What was put of call `n`, and its sums."""
+        at, shape = slice(n * self._size, (n + 1) * self._size), (*self._call, self.width)
+        given = Routed(*(jnp.asarray(a[at]) for a in (self._x, self._ids, self._weights)))
+        beside = None if self._beside is None else jnp.asarray(self._beside[at].reshape(shape))
+        h = jnp.asarray(self._h[at].reshape(shape))
+        return Front(h, given, beside), np.asarray(self.total[at])
