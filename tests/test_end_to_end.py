@@ -91,6 +91,7 @@ OTHERS = {
     "mxint8": "is not exported",
     "nvfp4_experts_only": "selects nothing in a dense model",
     "nvfp4_fp8_mha": "nvfp4 with an FP8 cache",
+    "nvfp4_deepseek": "nvfp4_omlp_only with an FP8 cache",
     "mamba_moe_fp8_aggressive": "fp8 for other linears",
     "mamba_moe_fp8_conservative": "fp8 for other linears",
     "mamba_moe_nvfp4_aggressive": "nvfp4 for other linears",
