@@ -42,6 +42,13 @@ def linears_of_experts(spec: ModelSpec | None) -> frozenset[str]:
     return frozenset(path for experts in blocks for own in experts for path in own.values())
 
 
+def room_for_states(spec: ModelSpec, most: int) -> int:
+    """Bytes of hidden states up to which they stay in memory, of `most` in all: of blocks with
+    experts four times as much lies beside them, part of it in files.
+    """
+    return most // 4 if any(isinstance(kind.mlp, Experts) for kind in kinds(spec)) else most
+
+
 def check_coverage(
     tensors: Mapping[str, TensorInfo], quantized: Collection[str], least: float | None
 ) -> None:

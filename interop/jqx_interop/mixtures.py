@@ -7,11 +7,11 @@ part of its statistics too. The largest magnitude of inputs is that of all exper
 has it; other statistics are those of an expert, or of all where it met fewer than LEAST_TOKENS.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32
 
 from jqx.algorithms import InputStats
-from jqx.algorithms.quadratic import gram
-from jqx.calibration import amax, input_amax
+from jqx.calibration import amax
 from jqx.calibration.moments import Moments, add_tokens, results, start
 from jqx.errors import InputError
 from jqx.models import (
@@ -37,10 +36,11 @@ from jqx.transforms import Use, observe
 from .blocks import load_expert
 from .chain import side_by_side
 from .collecting import Readers, check_finite, wanted_of
-from .device import compute_of
+from .device import callers, compute_of
+from .expert_stats import merged, spilled
 from .experts import expert_linears
 from .job import Job
-from .routed import RoutedStates, Sent
+from .routed import RoutedStates
 
 MOST_ROWS, FEWEST_ROWS = 2048, 16
 """Tokens that an expert takes at once: one of few numbers, so that few programs are compiled."""
@@ -94,12 +94,12 @@ def _linear_of(path: str) -> str:
     return path.removesuffix(".weight")
 
 
-class _One(NamedTuple):
-    """What one expert made of its tokens, and what its linears met."""
+class _Made(NamedTuple):
+    """What one expert made of some of its tokens, and what its linears met."""
 
     sums: Float32[np.ndarray, "n k"]
-    maxima: dict[str, np.float32]
-    stats: dict[str, InputStats]
+    maxima: dict[str, np.ndarray]
+    whole: dict[str, jax.Array]
 
 
 class MixtureRun:
@@ -141,27 +141,84 @@ class MixtureRun:
         """How many tokens every expert was sent."""
         if job.settings.all_experts:
             self._sent = states.everywhere()
+        self._found: list[dict[str, InputStats]] = [{} for _ in self._sent]
         self._merged: dict[str, InputStats] = {}
+        self._so_far: dict[str, Moments] = {}
+        self._loaded: dict[int, Any] = {}
+        self._lock = Lock()
 
     def run(self, advance: Callable[[float], None]) -> dict[str, InputStats]:
         """Add to the sums of `states`; returns the statistics of all linears of experts."""
-        maxima: list[dict[str, np.float32]] = []
-        found: list[dict[str, InputStats]] = []
-        few = self._few().any() and any(self._leaders)
-        for e, one in enumerate(side_by_side(self._one, len(self._sent))):
-            self._states.total[self._sent[e].tokens] += one.sums
-            maxima.append(one.maxima)
-            found.append({name: spilled(row, self._place) for name, row in one.stats.items()})
-            for name, row in one.stats.items() if few else ():
-                self._merged[name] = merged(self._merged.get(name), row)
-            advance(1 / len(self._sent))
+        pieces = [
+            (e, at, count)
+            for e, sent in enumerate(self._sent)
+            for at, count in _pieces(len(sent.tokens))
+        ]
+        largest: dict[str, np.float32] = {}
+        made = side_by_side(lambda n: self._made(*pieces[n]), len(pieces))
+        for (e, at, count), part in zip(pieces, made, strict=True):
+            self._add(e, at, count, part)
+            for name, value in part.maxima.items():
+                largest[name] = np.maximum(largest.get(name, np.float32(0)), value)
+            advance(1 / len(pieces))
         self._states.settle()
-        names = dict.fromkeys(name for own in maxima for name in own)
-        largest = {
-            name: input_amax([jnp.asarray(own[name]) for own in maxima if name in own])
-            for name in names
+        self._check(largest)
+        return dict(self._by_path(largest))
+
+    def _made(self, e: int, at: int, count: int) -> _Made:
+        """What expert `e` makes of `count` of its tokens, those from `at` on."""
+        sent, size = self._sent[e], rows_for(count)
+        x = np.zeros((size, self._states.width), self._compute.carrier)
+        x[:count] = self._states.rows(sent.tokens[at : at + count])
+        weights = jnp.asarray(np.pad(sent.weights[at : at + count], (0, size - count)))
+        real = jnp.arange(size) < count
+        params = self._params(e)
+        y, maxima, whole = expert_step(params, jnp.asarray(x), weights, real, program=self._program)
+        return _Made(np.asarray(y)[:count], jax.device_get(maxima), whole)
+
+    def _params(self, e: int) -> Any:
+        """The parameters of expert `e`; those of the last few that were asked for are there."""
+        with self._lock:
+            if e not in self._loaded:
+                while len(self._loaded) >= callers():
+                    del self._loaded[next(iter(self._loaded))]
+                self._loaded[e] = load_expert(self._job, self._i, e, self._compute)
+            return self._loaded[e]
+
+    def _add(self, e: int, at: int, count: int, part: _Made) -> None:
+        """Take in what one expert made of some tokens, in the order of tokens."""
+        sent = self._sent[e]
+        self._states.total[sent.tokens[at : at + count]] += part.sums
+        last = at + count == len(sent.tokens)
+        moments = self._moments(e) if at == 0 else self._so_far
+        self._so_far = {
+            name: add_tokens(
+                so_far,
+                part.whole[name],
+                jnp.int32(count),
+                jnp.asarray(last),
+                dtype=self._job.dtype.name,
+            )
+            for name, so_far in moments.items()
         }
-        return dict(self._by_path(found, {n: np.float32(v) for n, v in largest.items()}))
+        if not last:
+            return
+        for name, so_far in self._so_far.items():
+            row = results(so_far)
+            check_finite(self._members[e][name], row)
+            if self._few().any():
+                self._merged[name] = merged(self._merged.get(name), row)
+            self._found[e][name] = spilled(row, self._place)
+
+    def _check(self, largest: Mapping[str, np.float32]) -> None:
+        """Raise InputError for inputs that are not finite."""
+        bad = [name for name, value in largest.items() if not np.isfinite(value)]
+        if bad and self._members[0]:
+            raise InputError(
+                f"the calibration inputs of {self._members[0][bad[0]]}, or of another expert "
+                "beside it, are not finite; check the weights, or calibrate in another precision "
+                "(--compute)"
+            )
 
     def told(self) -> dict[str, Any]:
         """How many tokens experts were sent, for a journal and a report."""
@@ -172,14 +229,12 @@ class MixtureRun:
             "stand_in": bool(any(self._leaders) and self._few().any()),
         }
 
-    def _by_path(
-        self, found: list[dict[str, InputStats]], largest: dict[str, np.float32]
-    ) -> Iterator[tuple[str, InputStats]]:
+    def _by_path(self, largest: Mapping[str, np.float32]) -> Iterator[tuple[str, InputStats]]:
         """The statistics of every linear of every expert, its own or those of all."""
         for e, members in enumerate(self._members):
-            own = self._merged if self._few()[e] else found[e]
+            own = self._merged if self._few()[e] else self._found[e]
             for name, path in members.items():
-                yield path, {"amax": largest.get(name, np.float32(0))}
+                yield path, {"amax": largest[name]}
             for name, readers in self._leaders[e].items():
                 for path in readers:
                     yield path, {**own[name], "amax": largest[name]}
@@ -188,28 +243,6 @@ class MixtureRun:
         """Which experts met too few tokens for statistics of their own."""
         return np.array([len(one.tokens) < LEAST_TOKENS for one in self._sent])
 
-    def _one(self, e: int) -> _One:
-        sent, params = self._sent[e], load_expert(self._job, self._i, e, self._compute)
-        sums = np.zeros((len(sent.tokens), self._states.width), np.float32)
-        maxima: list[dict[str, np.ndarray]] = []
-        moments = self._moments(e)
-        for at, count, given in self._parts(sent):
-            y, found, whole = expert_step(params, *given, program=self._program)
-            sums[at : at + count] = np.asarray(y)[:count]
-            maxima.append(jax.device_get(found))
-            last = jnp.asarray(at + count == len(sent.tokens))
-            for name, so_far in moments.items():
-                moments[name] = add_tokens(
-                    so_far, whole[name], jnp.int32(count), last, dtype=self._job.dtype.name
-                )
-        most = (
-            {name: np.max([part[name] for part in maxima]) for name in maxima[0]} if maxima else {}
-        )
-        stats: dict[str, InputStats] = {name: results(so_far) for name, so_far in moments.items()}
-        for name, row in stats.items() if maxima else ():
-            check_finite(self._members[e][name], row)
-        return _One(sums, most, stats)
-
     def _moments(self, e: int) -> dict[str, Moments]:
         """Nothing yet, by the linears that stand for the inputs of an expert."""
         room = sum(rows_for(n) for _, n in _pieces(len(self._sent[e].tokens))) or FEWEST_ROWS
@@ -217,68 +250,6 @@ class MixtureRun:
             name: start(wanted_of(self._job, readers, room))
             for name, readers in self._leaders[e].items()
         }
-
-    def _parts(self, sent: Sent) -> Iterator[tuple[int, int, tuple[Any, Any, Any]]]:
-        """Tokens of an expert as it takes them: where they begin, how many they are, and their
-        rows, weights and which are real.
-        """
-        for at, count in _pieces(len(sent.tokens)):
-            size = rows_for(count)
-            x = np.zeros((size, self._states.width), self._compute.carrier)
-            x[:count] = self._states.rows(sent.tokens[at : at + count])
-            weights = np.pad(sent.weights[at : at + count], (0, size - count))
-            yield at, count, (jnp.asarray(x), jnp.asarray(weights), jnp.arange(size) < count)
-
-
-def merged(a: InputStats | None, b: InputStats) -> InputStats:
-    """The statistics of two sets of tokens together. Second moments take the place of tokens."""
-    b = _with_gram(b)
-    if a is None:
-        return b
-    found = {kind: MERGES[kind](a[kind], b[kind]) for kind in b if kind in MERGES}
-    if "channel_mean" in b:
-        total = max(int(a["tokens"]) + int(b["tokens"]), 1)
-        parts = (row["channel_mean"] * (int(row["tokens"]) / total) for row in (a, b))
-        found["channel_mean"] = sum(parts)
-    return found
-
-
-MERGES: dict[str, Callable[[Any, Any], Any]] = {
-    "amax": np.maximum,
-    "channel_amax": np.maximum,
-    "square": np.add,
-    "gram": np.add,
-    "block_gram": np.add,
-    "block_log2": np.add,
-    "tokens": np.add,
-}
-"""Kind of statistics -> what it is of two sets of tokens."""
-
-
-def _with_gram(stats: InputStats) -> InputStats:
-    found = {kind: np.asarray(value) for kind, value in stats.items() if kind != "root"}
-    if "root" in stats:
-        found["gram"] = np.asarray(gram(stats, "experts"))
-    return found
-
-
-def spilled(stats: InputStats, place: Path) -> InputStats:
-    """`stats` with large arrays in files that vanish when nothing needs them."""
-    found = {}
-    for kind, value in stats.items():
-        array = np.asarray(value)
-        if array.nbytes > SPILLED:
-            with tempfile.TemporaryFile(dir=place) as file:
-                file.truncate(array.nbytes)
-                kept = np.memmap(file, array.dtype, "r+", shape=array.shape)
-            kept[...] = array
-            array = kept
-        found[kind] = array
-    return found
-
-
-SPILLED = 1 << 18
-"""Bytes of an array from which on it lies in a file: of hundreds of experts there are many."""
 
 
 def _pieces(count: int) -> Iterator[tuple[int, int]]:

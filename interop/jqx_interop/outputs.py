@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .checkpoints import TensorOut, dtype_name
+from .inventory import FLOATS, KEPT
 from .targets import companions
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def outputs_of(job: "Job") -> Iterable[TensorOut]:
         else:
             info = job.checkpoint.tensors[name]
             dtype = dtype_name(job.dtype) if job.cast(name) else info.dtype
+            if name.endswith(KEPT) and dtype in FLOATS:
+                dtype = "F32"
             yield TensorOut(name, dtype, tuple(info.shape))
         yield from after.get(name, ())
 

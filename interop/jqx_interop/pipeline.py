@@ -31,6 +31,7 @@ from .checkpoints import ShardWriter, Workspace, digest, parse_size, plan_shards
 from .data import Activations, CalibrationSet, load_calibration
 from .describe import write_descriptions
 from .device import compute_of, processors
+from .experts import room_for_states
 from .families import context_of
 from .hidden import HiddenStates
 from .job import Job, prepare
@@ -287,5 +288,5 @@ def _hidden_states(job: Job, data: CalibrationSet, space: Workspace) -> HiddenSt
     rows = rows_per_call(n, tokens, job.settings.batch_size)
     shape = (n, tokens, job.spec.hidden)
     size = n * tokens * job.spec.hidden * np.dtype(compute.carrier).itemsize
-    spill = size > parse_size(job.settings.max_memory)
+    spill = size > room_for_states(job.spec, parse_size(job.settings.max_memory))
     return HiddenStates(shape, rows, np.dtype(compute.carrier), space.directory if spill else None)

@@ -20,13 +20,23 @@ import numpy as np
 
 from jqx.algorithms.table import ALGORITHMS, applicable
 from jqx.formats import find_format
-from jqx.models import Attention, BlockKind, Experts, Mlp, ModelSpec, block_shapes
+from jqx.models import (
+    Attention,
+    BlockKind,
+    Experts,
+    Mlp,
+    ModelSpec,
+    block_shapes,
+    expert_shapes,
+    front_shapes,
+)
 from jqx.tensors.paths import owner_of
 
 from .chain import ROWS_PER_CALL
 from .checkpoints import parse_size, plan_shards
 from .device import callers, compute_of
 from .engines import Verdict, engines_for
+from .experts import room_for_states
 from .families import context_of
 from .job import Job
 from .report import Coverage, coverage_of
@@ -152,11 +162,12 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
     if not tokens or job.spec is None:
         return PROCESS + encoding, 0
     carrier = np.dtype(compute_of(job.settings.compute, job.dtype).carrier).itemsize
-    block, at_once = block_parameters(job.spec) * carrier, callers()
+    block, at_once = streamed_parameters(job.spec) * carrier, callers()
     if job.settings.low_memory:
         block, at_once = _compressed_block(job, carrier), 1
     hidden = tokens * job.spec.hidden * carrier
-    spilled = hidden if hidden > parse_size(job.settings.max_memory) else 0
+    room = room_for_states(job.spec, parse_size(job.settings.max_memory))
+    spilled = hidden if hidden > room else 0
     widths = working_width(job.spec)
     rows = max(ROWS_PER_CALL, job.settings.calib_seq * max(job.settings.batch_size, 1))
     calls = at_once * min(tokens, rows) * widths * 4
@@ -203,6 +214,28 @@ def block_parameters(spec: ModelSpec) -> int:
     return max(sum(math.prod(s) for s in block if len(s) > 1) for block in shapes)
 
 
+def streamed_parameters(spec: ModelSpec) -> int:
+    """Weights of the largest block that are in memory together, where experts are read one by
+    one.
+    """
+    return max(_weights(spec, kind, callers()) for kind in set(spec.blocks))
+
+
+def active_parameters(spec: ModelSpec) -> int:
+    """Weights that a token meets in the largest block."""
+    return max(_weights(spec, kind, 0) for kind in set(spec.blocks))
+
+
+def _weights(spec: ModelSpec, kind: BlockKind, experts: int) -> int:
+    """Those of a block with so many of its experts, as many as a token meets where 0."""
+    row = kind.mlp
+    front = sum(math.prod(s) for s in front_shapes(spec, kind).values() if len(s) > 1)
+    if not isinstance(row, Experts):
+        return front
+    whole = sum(math.prod(s) for s in expert_shapes(spec, kind).values() if len(s) > 1)
+    return front + whole // row.number * (experts or row.top_k)
+
+
 def working_width(spec: ModelSpec) -> int:
     """Numbers for each token that a block computes with at most."""
     attentions = [k.attention for k in spec.blocks if isinstance(k.attention, Attention)]
@@ -240,7 +273,7 @@ def _seconds(job: Job, tokens: int) -> float:
         rate = product_rate()
         blocks = len(job.spec.blocks)
         scores = score_operations(job.spec, tokens, job.settings.calib_seq)
-        seconds += (blocks * 2 * block_parameters(job.spec) * tokens + 4 * scores) / rate
+        seconds += (blocks * 2 * active_parameters(job.spec) * tokens + 4 * scores) / rate
     if work := _search_operations(job):
         seconds += SEARCH_STARTUP + work / product_rate()
     return seconds

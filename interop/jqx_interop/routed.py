@@ -3,6 +3,7 @@
 what experts read, which of them, and the sums of what they made.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from jqx.models import Compute, Experts, Front, Routed
 from .checkpoints import allocate
 from .hidden import HiddenStates
 
+IN_MEMORY = 1 << 28
+"""Bytes of states that stay in memory."""
+
 
 class Sent(NamedTuple):
     """The tokens of one expert, their numbers, and the weights it has for them."""
@@ -26,10 +30,11 @@ class Sent(NamedTuple):
 class RoutedStates:
     """The fronts of the calls of `hidden`, one after another, and the sums of their tokens."""
 
-    def __init__(self, row: Experts, hidden: HiddenStates, compute: Compute):
-        """Files lie where those of `hidden` do, if it has any."""
+    def __init__(self, row: Experts, hidden: HiddenStates, compute: Compute, place: Path):
+        """Large states lie in files in the folder `place`, and all if those of `hidden` do."""
         count, rows, length, self.width = hidden.shape
-        self.row, self._folder = row, hidden.folder
+        large = 4 * count * rows * length * self.width * 4 > IN_MEMORY
+        self.row, self._folder = row, place if large or hidden.folder else None
         self._call, self._size, self._tokens = (rows, length), rows * length, count * rows * length
         self.real, self._length = hidden.real * length, length
         carrier = np.dtype(compute.carrier)

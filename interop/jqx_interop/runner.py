@@ -120,7 +120,7 @@ class Runner:
         experts = isinstance(row, Experts)
         read = readers(self._job, self._job.inventory.blocks[i])
         own = {path for e in expert_linears(self._spec, i) for path in e.values()}
-        states = RoutedStates(row, self._hidden, self._compute) if experts else None
+        states = RoutedStates(row, self._hidden, self._compute, self._place) if experts else None
         params = (load_front if experts else load_block)(self._job, i, self._compute)
         stats = self._run_calls(i, params, {p: m for p, m in read.items() if p not in own}, states)
         if states is None:

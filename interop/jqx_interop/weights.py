@@ -20,7 +20,9 @@ from jqx.formats.on_gpu import encode_on_gpu, encodes
 from jqx.tensors import QTensor
 
 from .carrying import carried
+from .checkpoints import DTYPES
 from .choices import input_bound
+from .inventory import KEPT
 from .job import Job
 from .orientation import straight
 
@@ -37,6 +39,8 @@ GPU_CHUNK = 1 << 27
 def read_tensor(job: Job, name: str) -> np.ndarray:
     """The tensor `name` in the dtype that it is written in."""
     array = job.checkpoint.read(name)
+    if name.endswith(KEPT) and array.dtype in (DTYPES["BF16"], DTYPES["F16"]):
+        return array.astype(np.float32)
     return array.astype(job.dtype) if job.cast(name) and array.dtype != job.dtype else array
 
 

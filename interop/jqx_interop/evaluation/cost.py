@@ -12,6 +12,7 @@ from jqx_interop.plan import (
     COMPILER,
     PROCESS,
     STARTUP,
+    active_parameters,
     block_parameters,
     product_rate,
     score_operations,
@@ -72,5 +73,5 @@ def _operations(task: Task, source: Source) -> int:
     """Products of weights, and attention, which is four times as slow."""
     spec, tokens = source.spec, task.windows.ids.size
     scores = score_operations(spec, tokens, task.windows.ids.shape[1])
-    blocks = len(spec.blocks) * 2 * block_parameters(spec) * tokens + 4 * scores
+    blocks = len(spec.blocks) * 2 * active_parameters(spec) * tokens + 4 * scores
     return blocks + 2 * math.prod((spec.vocab, spec.hidden, task.windows.tokens))
