@@ -40,7 +40,7 @@ SCALED_EMBEDDINGS = frozenset(
 )
 OWN_POSITIONS = re.compile(r"(^|\.)embed_positions$")
 KEPT = "e_score_correction_bias"
-"""The ending of tensors that are never cast to the dtype of the model; they are written in float32."""
+"""The ending of tensors that are not cast to the dtype of the model, and written in float32."""
 
 HEADS = ("lm_head.", "embed_out.", "output.", "transformer.output_layer.")
 SIBLINGS = (
