@@ -23,7 +23,8 @@ from flax.traverse_util import unflatten_dict
 
 from jqx.models import FLOAT32, block_shapes, kinds, linears
 from jqx_interop.families import spec_from_config
-from jqx_interop.runner import Program, block_step
+from jqx_interop.program import Program
+from jqx_interop.runner import block_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 

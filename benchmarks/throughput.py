@@ -31,7 +31,8 @@ from jqx_interop.checkpoints import ShardWriter, TensorOut, plan_shards
 from jqx_interop.device import compute_of
 from jqx_interop.families import spec_from_config
 from jqx_interop.job import prepare
-from jqx_interop.runner import Program, block_step
+from jqx_interop.program import Program
+from jqx_interop.runner import block_step
 from jqx_interop.settings import Settings
 
 GOALS = {"fp8_pc_pt": 0.6, "w4a16_nvfp4": 0.4, "int4_wo": 0.4}

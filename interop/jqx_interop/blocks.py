@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from jqx.models import (
-    STORES,
     Compute,
     Experts,
     block_leaf_shapes,
@@ -17,7 +16,7 @@ from jqx.models import (
     kinds,
 )
 from jqx.tensors.paths import unflatten
-from jqx.tensors.stacks import EACH, member_name, stacked
+from jqx.tensors.stacks import member_name, stacked
 
 from .compressing import compressed
 from .job import Job
@@ -34,7 +33,7 @@ def load_block(job: Job, i: int, compute: Compute) -> dict[str, Any]:
 
 
 def load_front(job: Job, i: int, compute: Compute) -> dict[str, Any]:
-    """Those of `load_block` that are not of experts."""
+    """Those of `load_block` that are not of experts: all, where there are none."""
     assert job.spec is not None
     own = front_shapes(job.spec, kinds(job.spec)[i])
     prefix = block_prefix(job.spec, i)
@@ -58,25 +57,19 @@ def load_expert(job: Job, i: int, e: int, compute: Compute) -> dict[str, Any]:
     assert job.spec is not None
     row, prefix = kinds(job.spec)[i].mlp, block_prefix(job.spec, i)
     assert isinstance(row, Experts)
-    leaves = {}
-    for path, tensor in expert_tensors(row, job.spec.names, job.spec.hidden).items():
-        name = f"{prefix}.{tensor}"
-        if EACH in tensor:
-            leaves[path] = read_leaf(job, f"{prefix}.{member_name(tensor, e)}", compute)
-            continue
-        linear, _, leaf = path.partition(".")
-        own = STORES[row.store].one(read_tensor(job, name), row.number, e, (linear, leaf))
-        leaves[path] = _cast(jnp.asarray(own), compute)
-    return unflatten(leaves)
+    tensors = expert_tensors(row, job.spec.names, job.spec.hidden)  # of a job they are not fused
+    return unflatten(
+        {
+            path: read_leaf(job, f"{prefix}.{member_name(tensor, e)}", compute)
+            for path, tensor in tensors.items()
+        }
+    )
 
 
 def read_leaf(job: Job, name: str, compute: Compute) -> jax.Array:
     """The tensor `name`, a matrix in the dtype that products take; its pages are released."""
-    leaf = _cast(jnp.asarray(read_tensor(job, name)), compute)
+    array = jnp.asarray(read_tensor(job, name))
+    leaf = array.astype(compute.carrier) if array.ndim > 1 else array
     jax.block_until_ready(leaf)  # or what is still computed brings the pages back
     job.checkpoint.release(name)
     return leaf
-
-
-def _cast(array: jax.Array, compute: Compute) -> jax.Array:
-    return array.astype(compute.carrier) if array.ndim > 1 else array

@@ -53,10 +53,8 @@ def carried(job: Job, path: str) -> QTensor | None:
     q, name = source.stored(f"{path}.weight"), job.choices[path].weight or ""
     if name == FROM:
         return q.replace(input_format=job.choices[path].input)
-    group = alike(job, path)
-    if any(_source_of(job, p) is None for p in group):
+    if (top := _top(job, source, path)) is None:
         return None
-    top = max(top_of(_exponents(job, source, p)) for p in group)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         found = cast(q, top, find_format(name))
     return found.replace(dtype=job.dtype, input_format=job.choices[path].input)
@@ -69,10 +67,8 @@ def count(job: Job) -> Carried | None:
         source = _source_of(job, path)
         if source is None or choice.weight == FROM:
             continue
-        group = alike(job, path)
-        if any(_source_of(job, p) is None for p in group):
+        if (top := _top(job, source, path)) is None:
             continue
-        top = max(top_of(_exponents(job, source, p)) for p in group)
         q = source.stored(f"{path}.weight")
         exponents = np.asarray(q.scale).astype(np.int32) - BIAS
         low = exponents < top - TOP + LEAST
@@ -102,8 +98,14 @@ def _source_of(job: Job, path: str) -> DecodedCheckpoint | None:
     return source if base_format(stored_as) == FROM else None
 
 
-def _exponents(job: Job, source: DecodedCheckpoint, path: str) -> np.ndarray:
-    return np.asarray(source.stored(f"{path}.weight").scale)
+def _top(job: Job, source: DecodedCheckpoint, path: str) -> int | None:
+    """The largest exponent of all linears that share the tensor scale of `path`; None where one of
+    them is quantized anew.
+    """
+    group = alike(job, path)
+    if any(_source_of(job, p) is None for p in group):
+        return None
+    return max(top_of(np.asarray(source.stored(f"{p}.weight").scale)) for p in group)
 
 
 def top_of(scales: np.ndarray) -> int:

@@ -4,14 +4,13 @@ they are large.
 """
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jqx.algorithms import InputStats
 from jqx.algorithms.quadratic import gram
+from jqx.tensors.stats import MERGES, kind_of
 
 
 def merged(a: InputStats | None, b: InputStats) -> InputStats:
@@ -19,24 +18,14 @@ def merged(a: InputStats | None, b: InputStats) -> InputStats:
     b = _with_gram(b)
     if a is None:
         return b
-    found = {kind: MERGES[kind](a[kind], b[kind]) for kind in b if kind in MERGES}
+    found = {
+        kind: MERGES[kind_of(kind).merge](a[kind], b[kind]) for kind in b if kind != "channel_mean"
+    }
     if "channel_mean" in b:
         total = max(int(a["tokens"]) + int(b["tokens"]), 1)
         parts = (row["channel_mean"] * (int(row["tokens"]) / total) for row in (a, b))
         found["channel_mean"] = sum(parts)
     return found
-
-
-MERGES: dict[str, Callable[[Any, Any], Any]] = {
-    "amax": np.maximum,
-    "channel_amax": np.maximum,
-    "square": np.add,
-    "gram": np.add,
-    "block_gram": np.add,
-    "block_log2": np.add,
-    "tokens": np.add,
-}
-"""Kind of statistics -> what it is of two sets of tokens."""
 
 
 def _with_gram(stats: InputStats) -> InputStats:

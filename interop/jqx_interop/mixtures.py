@@ -8,7 +8,6 @@ has it; other statistics are those of an expert, or of all where it met fewer th
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -24,10 +23,7 @@ from jqx.calibration import amax
 from jqx.calibration.moments import Moments, add_tokens, results, start
 from jqx.errors import InputError
 from jqx.models import (
-    BlockKind,
-    Compute,
     Experts,
-    ModelSpec,
     expert,
     kinds,
 )
@@ -40,6 +36,7 @@ from .device import callers, compute_of
 from .expert_stats import merged, spilled
 from .experts import expert_linears
 from .job import Job
+from .program import Program
 from .routed import RoutedStates
 
 MOST_ROWS, FEWEST_ROWS = 2048, 16
@@ -49,19 +46,6 @@ LEAST_TOKENS = 32
 """With fewer, second moments say more of the tokens than of the expert."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertProgram:
-    """What one compiled program of an expert depends on; `whole`: linears whose inputs are
-    returned.
-    """
-
-    spec: ModelSpec
-    kind: BlockKind
-    compute: Compute
-    dtype: str
-    whole: frozenset[str] = frozenset()
-
-
 @partial(jax.jit, static_argnames=("program",))
 def expert_step(
     params: Any,
@@ -69,7 +53,7 @@ def expert_step(
     weights: Float32[jax.Array, "r"],
     real: Bool[jax.Array, "r"],
     *,
-    program: ExpertProgram,
+    program: Program,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
     """What an expert adds to the sums of its rows, the maxima of what its linears read, and that
     itself where asked for.
@@ -135,12 +119,14 @@ class MixtureRun:
                         "the recipe"
                     )
         whole = frozenset(name for own in self._leaders for name in own)
-        self._program = ExpertProgram(job.spec, kind, self._compute, job.dtype.name, whole)
+        self._program = Program(job.spec, kind, self._compute, job.dtype.name, whole=whole)
         self._sent = states.sent()
         self.tokens = np.array([len(one.tokens) for one in self._sent])
         """How many tokens every expert was sent."""
         if job.settings.all_experts:
             self._sent = states.everywhere()
+        self._few = np.array([len(one.tokens) < LEAST_TOKENS for one in self._sent])
+        """Which experts met too few tokens for statistics of their own."""
         self._found: list[dict[str, InputStats]] = [{} for _ in self._sent]
         self._merged: dict[str, InputStats] = {}
         self._so_far: dict[str, Moments] = {}
@@ -206,7 +192,7 @@ class MixtureRun:
         for name, so_far in self._so_far.items():
             row = results(so_far)
             check_finite(self._members[e][name], row)
-            if self._few().any():
+            if self._few.any():
                 self._merged[name] = merged(self._merged.get(name), row)
             self._found[e][name] = spilled(row, self._place)
 
@@ -226,22 +212,18 @@ class MixtureRun:
             "experts": len(self.tokens),
             "few": int((self.tokens < LEAST_TOKENS).sum()),
             "none": int((self.tokens == 0).sum()),
-            "stand_in": bool(any(self._leaders) and self._few().any()),
+            "stand_in": bool(any(self._leaders) and self._few.any()),
         }
 
     def _by_path(self, largest: Mapping[str, np.float32]) -> Iterator[tuple[str, InputStats]]:
         """The statistics of every linear of every expert, its own or those of all."""
         for e, members in enumerate(self._members):
-            own = self._merged if self._few()[e] else self._found[e]
+            own = self._merged if self._few[e] else self._found[e]
             for name, path in members.items():
                 yield path, {"amax": largest[name]}
             for name, readers in self._leaders[e].items():
                 for path in readers:
                     yield path, {**own[name], "amax": largest[name]}
-
-    def _few(self) -> Bool[np.ndarray, " e"]:
-        """Which experts met too few tokens for statistics of their own."""
-        return np.array([len(one.tokens) < LEAST_TOKENS for one in self._sent])
 
     def _moments(self, e: int) -> dict[str, Moments]:
         """Nothing yet, by the linears that stand for the inputs of an expert."""

@@ -18,14 +18,10 @@ import numpy as np
 
 from jqx.algorithms import InputStats
 from jqx.calibration import AffineKV, affine_fold, affine_start, amax, input_amax, never_met
-from jqx.config import KVFormat
 from jqx.errors import InputError
 from jqx.models import (
-    BlockKind,
-    Compute,
     Experts,
     Front,
-    ModelSpec,
     block,
     block_prefix,
     combine,
@@ -35,7 +31,7 @@ from jqx.models import (
 )
 from jqx.transforms import Use, observe
 
-from .blocks import load_block, load_front
+from .blocks import load_front
 from .chain import embed_rows, side_by_side
 from .collecting import Collecting, Readers, readers, wanted_of
 from .data import CalibrationSet
@@ -44,6 +40,7 @@ from .experts import expert_linears
 from .hidden import HiddenStates
 from .job import Job
 from .mixtures import MixtureRun
+from .program import Program
 from .progress import Progress
 from .routed import RoutedStates
 from .weights import checked_amax, read_tensor
@@ -117,11 +114,12 @@ class Runner:
     def _run_block(self, i: int) -> BlockStats:
         """Take every state through block `i`; returns what its linears and its attention met."""
         row = kinds(self._spec)[i].mlp
-        experts = isinstance(row, Experts)
         read = readers(self._job, self._job.inventory.blocks[i])
         own = {path for e in expert_linears(self._spec, i) for path in e.values()}
-        states = RoutedStates(row, self._hidden, self._compute, self._place) if experts else None
-        params = (load_front if experts else load_block)(self._job, i, self._compute)
+        states = None
+        if isinstance(row, Experts):
+            states = RoutedStates(row, self._hidden, self._compute, self._place)
+        params = load_front(self._job, i, self._compute)
         stats = self._run_calls(i, params, {p: m for p, m in read.items() if p not in own}, states)
         if states is None:
             return stats
@@ -205,22 +203,6 @@ class Runner:
             f"the calibration inputs of {first.removesuffix('.weight')} are not finite; "
             "check the weights, or calibrate in another precision (--compute)"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """What one compiled program of a block depends on.
-
-    `dtype`: the model's, in which magnitudes are taken; `kv`: how keys and values will be stored,
-    if statistics of them are needed; `whole`: linears whose inputs are returned as they are.
-    """
-
-    spec: ModelSpec
-    kind: BlockKind
-    compute: Compute
-    dtype: str
-    kv: KVFormat | None = None
-    whole: frozenset[str] = frozenset()
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnums=(1,))

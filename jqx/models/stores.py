@@ -19,8 +19,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jqx.tensors.stacks import EACH
-
 from .layers import Params, module
 from .spec import Experts, Mlp, Names
 
@@ -140,8 +138,3 @@ def member(tree: Any, e: Array) -> Any:
 
 def _chosen(stack: Float[Array, "e ..."], e: Array) -> Float[Array, "..."]:
     return lax.dynamic_index_in_dim(stack, e, keepdims=False)
-
-
-def is_stack(name: str) -> bool:
-    """Whether a name is that of the tensors of all experts."""
-    return EACH in name

@@ -83,7 +83,7 @@ def make(case: str, folder: Path) -> dict[str, np.ndarray]:
     kept = {f"{case}|base": packed([(base / "config.json").read_text(), shapes])}
     for recipe, constant in CONFIGS.items():
         out, met = folder / f"{case}-{recipe}", {}
-        _export(base, out, constant, met)
+        export(base, out, constant, met)
         tensors = exports.digests(out)
         texts = [(out / f).read_text() for f in ("config.json", "hf_quant_config.json")]
         kept[f"{case}|{recipe}"] = packed([tensors, *texts])
@@ -94,7 +94,8 @@ def make(case: str, folder: Path) -> dict[str, np.ndarray]:
     return kept | {f"{case}|input|{names}": most for names, most in inputs.items()}
 
 
-def _export(base: Path, out: Path, constant: str, met: dict[str, np.ndarray]) -> None:
+def export(base: Path, out: Path, constant: str, met: dict[str, np.ndarray]) -> None:
+    """Quantize and write a model; `met` gets the largest magnitudes of the inputs of linears."""
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.export import export_hf_checkpoint

@@ -22,8 +22,8 @@ from safetensors.numpy import load_file, save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import exports  # noqa: E402
-from golden import make_families, make_mixtures  # noqa: E402
-from golden.make_family_exports import packed  # noqa: E402
+from golden import make_mixtures  # noqa: E402
+from golden.make_family_exports import export, packed  # noqa: E402
 from golden.make_family_exports import unpacked as unpacked  # noqa: E402
 
 FIXTURE = Path(__file__).with_name("mixture_exports.npz")
@@ -74,25 +74,12 @@ def make(case: str, folder: Path) -> dict[str, np.ndarray]:
     kept = {f"{case}|base": packed([(base / "config.json").read_text(), shapes])}
     for recipe, constant in CONFIGS.items():
         out = folder / f"{case}-{recipe}"
-        _export(base, out, constant)
+        export(base, out, constant, {})
         scales = exports.calibrated(out)
         tensors = {n: d for n, d in exports.digests(out).items() if n not in scales}
         texts = [(out / f).read_text() for f in ("config.json", "hf_quant_config.json")]
         kept[f"{case}|{recipe}"] = packed([tensors, scales, *texts])
     return kept
-
-
-def _export(base: Path, out: Path, constant: str) -> None:
-    import modelopt.torch.quantization as mtq
-    import torch
-    from modelopt.torch.export import export_hf_checkpoint
-    from transformers import AutoModelForCausalLM
-
-    net = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
-    ids = torch.from_numpy(make_families.token_ids())
-    mtq.quantize(net, copy.deepcopy(getattr(mtq, constant)), lambda m: m(ids))
-    with torch.inference_mode():
-        export_hf_checkpoint(net, export_dir=str(out))
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 
 from .decoding import DecodedCheckpoint as DecodedCheckpoint
 from .decoding import as_floats as as_floats
-from .decoding import source_title as source_title
 from .decoding import title_of as title_of
 from .decoding import without_description as without_description
 from .table import SOURCES as SOURCES

@@ -123,14 +123,8 @@ def as_floats(checkpoint: Checkpoint, *, run: bool = False) -> Checkpoint:
         raise InputError(one_line(told if where in told else f"{where}: {told}")) from error
 
 
-def source_title(checkpoint: Checkpoint) -> str | None:
-    """What a quantized checkpoint is called; None for a plain one. InputError as in `as_floats`."""
-    found = _source_of(checkpoint)
-    return None if found is None else found[0].title(found[1])
-
-
 def title_of(config: Mapping[str, Any]) -> str | None:
-    """The same by a config.json alone."""
+    """What a quantized checkpoint is called, by its config.json alone; None for a plain one."""
     said = description(config)
     given = Given(said=said or {}, file=None, tensors={}, read=_unread, dtype=DTYPES["BF16"])
     row = None if said is None else find_source(given, _method(said))
