@@ -248,7 +248,7 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-CALIBRATED = (".input_scale", ".k_scale", ".v_scale", ".k_bias", ".v_bias")
+CALIBRATED = ("input_scale", ".k_scale", ".v_scale", ".k_bias", ".v_bias")
 """What follows from activations."""
 
 

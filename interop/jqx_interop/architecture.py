@@ -24,12 +24,17 @@ def spec_for(config: Mapping[str, Any], tensors: Collection[str]) -> ModelSpec:
     """What a configuration describes, with the names that these tensors have; experts that usually
     lie in one tensor may have tensors of their own.
     """
-    spec = named_as(spec_from_config(config), tensors)
+    spec = together_for(config, tensors)
     if any(is_fused(kind) for kind in spec.blocks):
         separate = apart(spec)
         if linears_of_experts(separate) & {name.rpartition(".")[0] for name in tensors}:
             return separate
     return spec
+
+
+def together_for(config: Mapping[str, Any], tensors: Collection[str]) -> ModelSpec:
+    """The same, with experts in one tensor where that is usual."""
+    return named_as(spec_from_config(config), tensors)
 
 
 def spec_of(checkpoint: Checkpoint, *, must: bool) -> ModelSpec | None:

@@ -81,6 +81,8 @@ def count(job: Job) -> Carried | None:
 
 def alike(job: Job, path: str) -> list[str]:
     """The linears that share the tensor scale of `path`, and it."""
+    if members := job.fusion.members(path):
+        return list(members)
     groups = (group for group in job.inventory.siblings if path in group)
     group = next(groups, (path,)) if job.shares(path) else (path,)
     return [p for p in group if job.choices.get(p) == job.choices[path]]

@@ -18,6 +18,7 @@ from jqx.errors import InputError, nearest
 
 from .checkpoints import ShardWriter, TensorOut, Workspace, plan_shards, refuse, small_files, told
 from .describe import describe
+from .fusing import fused_again, scales_of
 from .notes import NOTE, SCALARS, exact_notes
 from .orientation import laid, laid_outputs, matrix
 from .progress import Progress, Silent
@@ -63,14 +64,21 @@ def export(
     source, row, progress = open_model(model), TARGETS[target], progress or Silent()
     _check(source, row, round_scales)
     notes = _notes(source, row)
-    outputs = list(_outputs(source, row))
+    fusion = fused_again(
+        source.checkpoint.config,
+        source.spec,
+        source.choices,
+        row,
+        lambda path: scales_of(gathered(source, path, stored_arrays(source, path))),
+    )
+    outputs = list(fusion.outputs(_outputs(source, row)))
     plans = plan_shards(outputs, max_shard_size, {f"{NOTE}{k}": v for k, v in notes.items()})
     with Workspace(out, source.checkpoint.path) as space, told(space.directory):
         space.begin({"export": [plan.file for plan in plans]})
         progress.phase("writing", sum(t.nbytes for t in source.checkpoint.tensors.values()))
         with ShardWriter(space.files, plans) as writer:
             for name, array in _arrays(source, row, progress):
-                writer.write(name, array)
+                fusion.write(writer, name, array)
             writer.finish()
         for file in small_files(source.checkpoint):
             shutil.copyfile(file, space.files / file.name)

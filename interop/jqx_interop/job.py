@@ -17,7 +17,7 @@ from jqx.models import ModelSpec, is_fused, param_shapes
 from jqx.recipes import Recipe, find_kv, find_recipe, with_kv
 from jqx.tensors import QTensor
 
-from .architecture import optional_tensors, own_head, spec_of
+from .architecture import optional_tensors, own_head, spec_of, together_for
 from .attentions import Attention, attentions_of
 from .checkpoints import (
     DTYPES,
@@ -38,6 +38,7 @@ from .choices import (
 )
 from .experts import check_coverage, linears_of_experts
 from .folding import Folds, fold_all, plan_folds
+from .fusing import Fusion, fusion_of
 from .inventory import FLOATS, KEPT, Inventory, Module, take_inventory
 from .keeping import kept_linears, kept_outputs
 from .orientation import laid, laid_outputs
@@ -52,7 +53,7 @@ from .targets import (
     input_factor,
     low_rank_factors,
 )
-from .unfused import unfused
+from .unfused import UnfusedCheckpoint, unfused
 
 _NO_KV = "no keys and values: use --kv-cache none"
 
@@ -128,6 +129,20 @@ class Job:
             return plan_folds(self.spec, self.choices)
         values = self.kv is None or not self.kv_format.affine
         return fold_all(self.spec, self.scaled, values=values)
+
+    @cached_property
+    def fusion(self) -> Fusion:
+        """How experts that have linears of their own here are written in one tensor."""
+        spec, steps = self.spec, self.config.steps
+        if spec is None or not linears_of_experts(spec):
+            return Fusion()
+        searched = any(step.method != "max" for step in steps)
+        one = any(choice.weight == "fp8" for choice in self.described.values())
+        stay = self.settings.fuse_experts and not (searched and one)  # one scale was not searched
+        together = together_for(self.checkpoint.config, self.checkpoint.tensors)
+        plain = isinstance(self.checkpoint, UnfusedCheckpoint)
+        target = self.target if stay else None
+        return fusion_of(together, spec, self.described, target, plain=plain)
 
     @property
     def fold(self) -> bool:

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 def outputs_of(job: "Job") -> Iterable[TensorOut]:
     """Every tensor of the destination in the order of a torch state_dict."""
+    return job.fusion.outputs(pieces_of(job))
+
+
+def pieces_of(job: "Job") -> Iterable[TensorOut]:
+    """The same before experts are fused."""
     after = _companions(job)
     for name in job.inventory.tensors:
         path, _, leaf = name.rpartition(".")

@@ -36,6 +36,7 @@ from .families import context_of
 from .hidden import HiddenStates
 from .job import Job, prepare
 from .mixtures import experts_line
+from .outputs import pieces_of
 from .progress import Progress, Silent
 from .recorded import Recorded
 from .report import Report, report_of
@@ -191,6 +192,7 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         "unify_fp8": job.settings.unify_fp8,
         "keep_source": job.settings.keep_source,
         "all_experts": job.settings.all_experts,
+        "fuse_experts": job.settings.fuse_experts,
     }
 
 
@@ -199,11 +201,11 @@ def _names_in(job: Job, units: set[int]) -> set[str]:
     sources = {name for unit in units for name in job.inventory.units[unit]}
     paths = {name.rpartition(".")[0] for name in job.inventory.tensors}
     mine = {name.rpartition(".")[0] for name in sources}
-    found = {
-        tensor.name
-        for tensor in job.outputs
+    found = job.fusion.names(
+        tensor
+        for tensor in pieces_of(job)
         if tensor.name in sources or owner_of(tensor.name, paths) in mine
-    }
+    )
     kept = (job.kv_outputs(a) for a in job.attentions if job.needs_kv and a.unit in units)
     return found | {tensor.name for tensors in kept for tensor in tensors}
 

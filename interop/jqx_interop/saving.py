@@ -29,6 +29,7 @@ from .checkpoints import (
     told,
 )
 from .describe import describe
+from .fusing import fused_again, scales_of
 from .inventory import (
     KEPT,
     OWN_POSITIONS,
@@ -66,8 +67,15 @@ def save(
     source = None if model.path is None else open_checkpoint(model.path)
     names = [] if source is None else carried_tensors(source, model.spec)
     beside = {name: source.read(name) for name in names} if source else {}
+    fusion = fused_again(
+        model.config,
+        model.spec,
+        content.choices,
+        TARGETS[target],
+        lambda path: scales_of(content.leaves[f"{path}.weight"]),
+    )
     outputs = (
-        *_outputs(model.spec, content, target),
+        *fusion.outputs(_outputs(model.spec, content, target)),
         *(TensorOut(name, dtype_name(a.dtype), a.shape) for name, a in beside.items()),
     )
     plans = plan_shards(outputs, max_shard_size)
@@ -75,7 +83,8 @@ def save(
     with Workspace(out, model.path) as space, told(space.directory):
         space.begin({"save": [plan.file for plan in plans]})
         with ShardWriter(space.files, plans) as writer:
-            _write_tensors(writer, model, content, target)
+            for name, array in _arrays(model, content, target):
+                fusion.write(writer, name, array)
             for name, array in beside.items():
                 writer.write(name, array)
             writer.finish()
@@ -131,19 +140,20 @@ def in_module_order(
         yield from after.get(name, ())
 
 
-def _write_tensors(writer: ShardWriter, model: Model, content: Content, target: str) -> None:
+def _arrays(model: Model, content: Content, target: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array by its name."""
     row = TARGETS[target]
     cached = {tensor.name: tensor for tensor in kv_tensors(model.spec, content.dtype)}
     for name, leaf in content.leaves.items():
         if isinstance(leaf, QTensor):
             path = name.removesuffix(".weight")
             for part, array in laid(model.spec, path, row.named(path, leaf)).items():
-                writer.write(part, np.asarray(array))
+                yield part, np.asarray(array)
         elif name in cached:
             stored = cached[name].stored(row)
-            writer.write(stored.name, np.asarray(leaf).reshape(stored.shape))
+            yield stored.name, np.asarray(leaf).reshape(stored.shape)
         else:
-            writer.write(name, np.asarray(leaf))
+            yield name, np.asarray(leaf)
 
 
 def _write_descriptions(

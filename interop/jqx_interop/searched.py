@@ -35,7 +35,16 @@ from jqx.tensors import QTensor
 from .carrying import carried
 from .choices import input_bound
 from .job import Job
-from .weights import Groups, alike, checked_amax, one_scale, read_tensor, read_weight
+from .weights import (
+    Groups,
+    alike,
+    checked_amax,
+    fused_amax,
+    one_scale,
+    quotient_dtype,
+    read_tensor,
+    read_weight,
+)
 
 Named = tuple[str, np.ndarray]
 Steps = tuple[Algorithm, ...]
@@ -120,6 +129,8 @@ class Search:
             if fmt.tensor_bound is not None and _bounded(self._steps[0]):
                 members = alike(self._job, group, path) if shared else [path]
                 most = max(amax[p] for p in members)
+                if shared and (whole := fused_amax(job, path)) is not None:
+                    most = whole
                 linear = linear._replace(tensor_amax=jnp.asarray(most))
             scales = job.folds.scales(path)
             steps = self._steps[0] if scales else unscaled(self._steps[0])
@@ -176,6 +187,19 @@ class Search:
         for paths in (paths for paths in alike.values() if len(paths) > 1):
             found = unified([self._linears[path] for path in paths], fmt=self._format(paths[0]))
             self._linears.update(zip(paths, found, strict=True))
+        for path in group:
+            self._fuse(path)
+
+    def _fuse(self, path: str) -> None:
+        """The scales of the tensor that an expert's linear will be a part of."""
+        if (whole := fused_amax(self._job, path)) is None:
+            return
+        met = (_input_amax(self._inputs.get(p, {})) for p in self._job.fusion.members(path))
+        known = [amax for amax in met if amax is not None]
+        most = jnp.max(jnp.stack(known)) if known else None
+        field = "amax" if self._format(path).tensor_bound is None else "tensor_amax"
+        linear = self._linears[path]._replace(input_amax=most)
+        self._linears[path] = linear._replace(**{field: jnp.asarray(whole)})
 
     def _refine(self, group: tuple[str, ...]) -> None:
         """The steps that come after inputs are scaled, with the factors that linears share."""
@@ -187,7 +211,10 @@ class Search:
                 most = [
                     jnp.max(jnp.abs(self._linears[p].weight)) for p in alike(self._job, group, path)
                 ]
-                linear = linear._replace(tensor_amax=jnp.max(jnp.stack(most)).astype(jnp.float32))
+                largest = jnp.max(jnp.stack(most)).astype(jnp.float32)
+                if (whole := fused_amax(self._job, path)) is not None:
+                    largest = jnp.asarray(whole)
+                linear = linear._replace(tensor_amax=largest)
             self._linears[path] = linear
             self._met(path, partial(calibrated, fmt=fmt, steps=self._steps[1]))
         for path in group:
@@ -250,8 +277,10 @@ class Search:
             linear = linear._replace(amax=linear.amax.reshape(()))
         if self._job.target.half_scales:
             linear = half_scaled(linear, fmt=fmt)
-        q = carried(self._job, path) or _stored(linear._replace(facts={}), fmt=fmt)
-        return linear, q
+        weight = linear.weight.astype(quotient_dtype(self._job, path))
+        bare = linear._replace(facts={}, weight=weight)
+        q = carried(self._job, path) or _stored(bare, fmt=fmt)
+        return linear, q.replace(dtype=self._job.dtype)
 
     def _measured(self, path: str, q: QTensor) -> dict[str, float]:
         """How far the outputs of a stored linear are off, and what a report tells of its codes."""

@@ -33,7 +33,9 @@ class Settings:
     read one input share their FP8 scale, as engines that fuse them compute; `keep_source`: linears
     that are quantized in the source, and that the recipe leaves alone, stay as they are there;
     `all_experts`: statistics of experts are those of all tokens, not only of those sent to them;
-    `expert_coverage`: the least share of the weights of experts that must be quantized.
+    `fuse_experts`: experts that lie in one tensor stay in one where the layout has them so, instead
+    of each having tensors of its own; `expert_coverage`: the least share of the weights of experts
+    that must be quantized.
     """
 
     kv_cache: str | None = None
@@ -55,6 +57,7 @@ class Settings:
     fold: bool | None = None
     unify_fp8: bool = False
     all_experts: bool = False
+    fuse_experts: bool = True
     expert_coverage: float | None = None
     keep_source: bool = False
 

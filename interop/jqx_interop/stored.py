@@ -49,6 +49,7 @@ from .orientation import matrix, straight, turned
 from .sources import as_floats
 from .stored_checks import KvTensor, bad_numbers, kv_tensors, stored_problems
 from .targets import TARGETS, Said, Target, layout_of
+from .unfused import stored_apart
 
 ALIGNMENT = 64  # bytes; XLA's CPU backend shares host memory at multiples of it
 
@@ -85,7 +86,7 @@ def open_model(model: str | Path) -> Source:
     Raises InputError for what cannot be read: see `open_checkpoint`; unknown families; quantization
     of another method or algorithm; tensors that are missing, of another shape or dtype, or unknown.
     """
-    checkpoint = as_floats(open_checkpoint(model), run=True)
+    checkpoint = as_floats(stored_apart(open_checkpoint(model)), run=True)
     try:
         plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         spec = spec_for(plain, checkpoint.tensors)

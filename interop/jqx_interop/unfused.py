@@ -3,9 +3,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from jqx.errors import InputError
 from jqx.models import (
     STORES,
     Experts,
@@ -19,8 +21,10 @@ from jqx.models import (
 )
 from jqx.models.apart import Piece
 
+from .architecture import together_for
 from .checkpoints import Checkpoint, TensorInfo
 from .checkpoints.layout import nbytes
+from .sources.fused import FUSED
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,8 @@ class UnfusedCheckpoint(Checkpoint):
         if name not in self.own:
             return self.base.read(name)
         row, (tensor, e, part, rows) = self.own[name]
+        if not self.tensors[name].shape:  # a scale of all experts
+            return self.base.read(tensor)
         store = STORES[row.store]
         if store.flat:
             found = store.one(self.base.read(tensor), row.number, e, part)
@@ -68,7 +74,75 @@ def unfused(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[Checkpoint, ModelS
     infos = {n: info for n, info in checkpoint.tensors.items() if n not in fused}
     for name, (_, piece, shape) in own.items():
         infos[name] = _info(checkpoint.tensors[piece.tensor], name, shape)
-    view = UnfusedCheckpoint(
+    view = _view(checkpoint, infos, {name: (row, piece) for name, (row, piece, _) in own.items()})
+    return view, separate
+
+
+SCALES = ("_weight_scale", "_weight_scale_2", "_input_scale")
+"""What ModelOpt puts behind the name of a tensor of experts for its scales."""
+
+Pieces = dict[str, tuple[Experts, Piece, TensorInfo]]
+"""Tensor of one expert -> where it lies; the info has the shape of the piece, and the name of what
+it is a piece of.
+"""
+
+
+def stored_pieces(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Pieces:
+    """The tensors of all experts that lie in one, quantized or not, of a checkpoint with these
+    headers; none for families whose experts do not, and where shapes are not theirs.
+    """
+    try:
+        spec = together_for(config, tensors)
+    except InputError:  # an architecture that is not defined here
+        return {}
+    found: Pieces = {}
+    for name, (row, piece, shape) in _own(spec, apart(spec)):
+        whole = tensors.get(piece.tensor)
+        if whole is None:
+            continue
+        turned = piece.part[0] in STORES[row.store].turned and piece.part[1] == "weight"
+        k = whole.shape[1 if turned else -1] if len(whole.shape) == 3 else shape[-1]
+        found[name] = (row, piece, replace(whole, shape=(shape[0], *[k] * (len(shape) - 1))))
+        path, _, leaf = name.rpartition(".")
+        for ending in SCALES if leaf == "weight" else ():
+            scale = tensors.get(piece.tensor + ending)
+            if scale is None or len(scale.shape) not in (0, 3):
+                continue
+            size = () if not scale.shape else (shape[0], scale.shape[1 if turned else -1])
+            at = piece._replace(tensor=scale.name)
+            found[f"{path}.{ending[1:]}"] = (row, at, replace(scale, shape=size))
+    return found
+
+
+def apart_tensors(tensors: Mapping[str, TensorInfo], pieces: Pieces) -> dict[str, TensorInfo]:
+    """`tensors` with those of each expert in the place of what they are pieces of."""
+    fused = {piece.tensor for _, piece, _ in pieces.values()}
+    plain = {name: info for name, info in tensors.items() if name not in fused}
+    return plain | {name: info for name, (_, _, info) in pieces.items()}
+
+
+def stored_apart(checkpoint: Checkpoint) -> Checkpoint:
+    """A view of a checkpoint whose experts are quantized in one tensor, in which each has tensors
+    of its own; `checkpoint` itself if they are not.
+    """
+    if not any(name.endswith(FUSED) for name in checkpoint.tensors):
+        return checkpoint
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    if not (pieces := stored_pieces(config, checkpoint.tensors)):
+        return checkpoint
+    infos = {
+        name: _info(info, name, info.shape)
+        for name, info in apart_tensors(checkpoint.tensors, pieces).items()
+    }
+    return _view(checkpoint, infos, {name: (row, at) for name, (row, at, _) in pieces.items()})
+
+
+def _view(
+    checkpoint: Checkpoint,
+    infos: Mapping[str, TensorInfo],
+    own: Mapping[str, tuple[Experts, Piece]],
+) -> Checkpoint:
+    return UnfusedCheckpoint(
         checkpoint.path,
         checkpoint.config,
         infos,
@@ -77,9 +151,8 @@ def unfused(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[Checkpoint, ModelS
         checkpoint.notes,
         source=checkpoint.source,
         base=checkpoint,
-        own={name: (row, piece) for name, (row, piece, _) in own.items()},
+        own=own,
     )
-    return view, separate
 
 
 def _own(

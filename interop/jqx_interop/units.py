@@ -39,6 +39,7 @@ class Finisher:
     ):
         """`record` journals one finished unit; `advance` is told the source bytes that are done."""
         self._job, self._writer, self._record, self._advance = job, writer, record, advance
+        self._fusion = job.fusion
         self.facts: Facts = {}
         """What was searched and found, by linear; finite numbers."""
         self.experts: list[Mapping[str, Any]] = []
@@ -126,7 +127,7 @@ class Finisher:
         array = read_tensor(self._job, name)
         if array.dtype in (DTYPES["BF16"], DTYPES["F16"], DTYPES["F32"]):
             checked_amax(array, name)
-        self._writer.write(name, array)
+        self._fusion.write(self._writer, name, array)
         self._job.checkpoint.release(name)
         self._done((name,))
 
@@ -144,7 +145,7 @@ class Finisher:
 
     def _write(self, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
         for name, array in arrays:
-            self._writer.write(name, array)
+            self._fusion.write(self._writer, name, array)
 
     def _close(self, unit: int, tasks: list[Future[None]], extra: dict[str, Any]) -> None:
         for task in tasks:

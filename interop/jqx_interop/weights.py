@@ -93,16 +93,47 @@ def stored_group(job: Job, members: tuple[str, ...]) -> Iterator[tuple[str, QTen
     amax = {path: _amax(job, path, weights.get(path)) for path in together}
     for path in members:
         w = weights[path] if path in weights else read_weight(job, path)
-        if path in amax:
+        if (whole := fused_amax(job, path)) is not None:
+            largest = whole
+        elif path in amax:
             largest = max(amax[p] for p in alike(job, members, path))
         else:
             largest = checked_amax(w, path + ".weight")
         fmt = find_format(job.choices[path].weight or "")
         whole = largest if one_scale(fmt) else None
-        q = carried(job, path) or encode_weight(w, fmt, whole)
+        q = carried(job, path) or encode_weight(
+            w.astype(quotient_dtype(job, path), copy=False), fmt, whole
+        )
         del w
-        yield path, q.replace(input_format=job.choices[path].input)
+        yield path, q.replace(input_format=job.choices[path].input, dtype=job.dtype)
         job.checkpoint.release(path + ".weight")
+
+
+def fused_amax(job: Job, path: str) -> np.float32 | None:
+    """The largest magnitude in the tensor that a linear of an expert will be a part of; None for
+    all others. Raises InputError as `checked_amax`.
+    """
+
+    def of(member: str) -> np.float32:
+        found = _amax(job, member, None)
+        job.checkpoint.release(f"{member}.weight")
+        return found
+
+    return job.fusion.amax(path, of)
+
+
+def quotient_dtype(job: Job, path: str) -> np.dtype:
+    """What quotients by scales are rounded to first: the dtype of the model, but float32 where one
+    FP8 scale is that of all experts (ModelOpt 0.47, `to_quantized_weight`).
+    """
+    fmt = find_format(job.choices[path].weight or "")
+    exact = fmt.tensor_bound is None and bool(job.fusion.members(path))
+    return np.dtype(np.float32) if exact else job.dtype
+
+
+def read_together(job: Job, members: tuple[str, ...], path: str) -> Iterable[str]:
+    """The linears whose inputs have one stored scale with those of `path`, and it."""
+    return job.fusion.members(path) or alike(job, members, path)
 
 
 def _shares_scale(job: Job, members: tuple[str, ...], path: str) -> bool:
@@ -129,7 +160,8 @@ def encode_group(
         choice = job.choices[path]
         if (bound := input_bound(job.config, choice)) is not None:
             row = INPUT_FORMATS[choice.input or ""]
-            largest = max(float(inputs[p]["amax"]) for p in alike(job, members, path))
+            reads = read_together(job, members, path)
+            largest = max(float(inputs[p]["amax"]) for p in reads)
             q = q.replace(input_scale=input_scale(largest, bound, path, row.code_max))
         yield from job.named(path, q)
 

@@ -30,7 +30,10 @@ FIXTURE = Path(__file__).with_name("mixture_exports.npz")
 CONFIGS = {"fp8": "FP8_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG"}
 """Recipe -> the constant of ModelOpt."""
 
-CASES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v3")
+CASES = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v3"),
+    *("llama4_text", "gpt_oss"),
+)
 WIDE = {
     "hidden_size": 64,
     "intermediate_size": 96,

@@ -26,5 +26,6 @@ from .shards import parse_size as parse_size
 from .shards import plan_file as plan_file
 from .shards import plan_shards as plan_shards
 from .workspace import Workspace as Workspace
+from .write import Part as Part
 from .write import ShardWriter as ShardWriter
 from .write import allocate as allocate

@@ -2,10 +2,13 @@
 """Tensors to disk in any order: files get their full size first, then each tensor its place."""
 
 import errno
+import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +24,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
+class Part(NamedTuple):
+    """What lies at `at` of number `number` of the equal parts of a tensor, which are of `shape`."""
+
+    number: int
+    shape: tuple[int, ...]
+    at: tuple[slice, ...]
+
+
 class ShardWriter:
-    """Writes the tensors of planned files, each once, in any order.
+    """Writes the tensors of planned files, each once, whole or in parts, in any order.
 
     A tensor is durable after the next `sync`. Use it as a context manager, or call `close`.
     """
@@ -43,6 +54,8 @@ class ShardWriter:
             for tensor, start in zip(plan.tensors, plan.starts, strict=True)
         }
         self._missing = set(self._places) - set(finished or ())
+        self._rest = {name: tensor.nbytes for name, (_, tensor, _) in self._places.items()}
+        self._parts = Lock()
         self._open: dict[str, int] = {}
         self._dirty: set[str] = set()
         try:
@@ -70,12 +83,36 @@ class ShardWriter:
             raise ValueError(
                 f"{name} is planned as {tensor.dtype} {tensor.shape}, got {data.dtype} {data.shape}"
             )
+        self._put(file, start, data)
+        self._missing.discard(name)
+
+    def write_part(self, name: str, part: Part, array: object) -> None:
+        """Put one array at its place in the tensor `name`, of which others are parts too; it is
+        complete with the last of them.
+
+        KeyError for an unknown name; ValueError unless dtype and shape are those of the part.
+        """
+        file, tensor, start = self._places[name]
+        data, dtype = np.asarray(array), DTYPES[tensor.dtype]
+        size = math.prod(part.shape) * dtype.itemsize
+        start += part.number * size
+        with self._parts:  # parts of one row are read and written together
+            whole = np.frombuffer(os.pread(self._open[file], size, start), dtype)
+            whole = whole.reshape(part.shape).copy()
+            if data.dtype != dtype or whole[part.at].shape != data.shape:
+                raise ValueError(f"{part} of {name} is {dtype}, got {data.dtype} {data.shape}")
+            whole[part.at] = data
+            self._put(file, start, whole)
+            self._rest[name] -= data.nbytes
+            if self._rest[name] <= 0:
+                self._missing.discard(name)
+
+    def _put(self, file: str, start: int, data: np.ndarray) -> None:
         rest = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         while rest:
             count = os.pwrite(self._open[file], rest, start)
             rest, start = rest[count:], start + count
         self._dirty.add(file)  # after its bytes, so that no sync that misses them takes it away
-        self._missing.discard(name)
 
     def sync(self) -> None:
         """Return when everything written so far is on the disk."""

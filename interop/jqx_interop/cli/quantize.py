@@ -160,6 +160,15 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
             rich_help_panel=HOW,
         ),
     ] = None,
+    fuse_experts: Annotated[
+        bool,
+        typer.Option(
+            "--fuse-experts/--no-fuse-experts",
+            help="Experts that lie in one tensor stay in one where the layout has them so, or each "
+            "gets tensors of its own.",
+            rich_help_panel=HOW,
+        ),
+    ] = True,
     restart: Restart = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would happen and what it costs; do nothing.")
@@ -207,6 +216,7 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
         keep_source=keep_source,
         all_experts=all_experts,
         expert_coverage=expert_coverage,
+        fuse_experts=fuse_experts,
     )
     job = prepare(model, read_recipe(recipe) if recipe else qformat, settings, planned=plan)
     inputs = Inputs() if job.outlined else load_inputs(job)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EXPERTS: schemes that an engine reads in linears, and not in experts as far as is known."""
+"""EXPERTS: schemes that an engine reads in linears, and not in experts as far as is known; STACKED:
+what it does with experts of which all lie in one tensor.
+"""
 
 from dataclasses import dataclass
 
@@ -70,3 +72,32 @@ EXPERTS: dict[tuple[str, str, str], Differs] = {
     ),
 }
 """(engine, layout, scheme) -> what differs from linears."""
+
+
+_MLLAMA = "vLLM 0.32 models/mllama4.py _rename_weight_for_modelopt_checkpoint (read)"
+_SCALES = "it has no names for the scales of experts in one tensor"
+STACKED: dict[tuple[str, str, str], Differs] = {
+    ("vllm", "llama4", "FP8"): Differs(True, "", _MLLAMA),
+    ("vllm", "llama4", "NVFP4"): Differs(True, "", _MLLAMA),
+    **dict.fromkeys(
+        (("vllm", "llama4_text", name) for name in ("FP8", "NVFP4", "W4A16_NVFP4")),
+        Differs(False, _SCALES, "vLLM 0.32 models/llama4.py load_weights (read)"),
+    ),
+    **dict.fromkeys(
+        (("vllm", "gpt_oss", name) for name in ("FP8", "NVFP4", "W4A16_NVFP4")),
+        Differs(False, _SCALES, "vLLM 0.32 models/gpt_oss.py hf_to_vllm_mapper (read)"),
+    ),
+    ("sglang", "llama4", "FP8"): Differs(
+        True, "", "SGLang srt/models/mllama4.py _handle_expert_scale_params (read)"
+    ),
+    ("sglang", "llama4", "NVFP4"): Differs(
+        False,
+        "it gives every expert the block scales of all",
+        "SGLang srt/models/mllama4.py _handle_expert_scale_params (read)",
+    ),
+    **dict.fromkeys(
+        (("trtllm", "llama4", name) for name in ("FP8", "NVFP4")),
+        Differs(True, "", "TensorRT-LLM _torch/modules/fused_moe/quantization.py (read)"),
+    ),
+}
+"""(engine, model_type, scheme) -> what it does; what is not here was not found out."""

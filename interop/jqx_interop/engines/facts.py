@@ -15,6 +15,7 @@ from jqx_interop.checkpoints import TensorInfo
 from jqx_interop.inventory import EMBEDDINGS, SIBLINGS
 from jqx_interop.orientation import straight_infos
 from jqx_interop.targets import module_and_leaf
+from jqx_interop.unfused import apart_tensors, stored_pieces
 
 from .descriptions import Said, read_said
 from .files import Files, read_files
@@ -54,6 +55,11 @@ class Linear:
     dims: Dims | None
 
     @property
+    def stacked(self) -> bool:
+        """Whether it is a piece of one tensor of all experts."""
+        return any(info.name != f"{self.path}.{leaf}" for leaf, info in self.leaves.items())
+
+    @property
     def quantized(self) -> bool:
         """Whether its tensors are codes."""
         weight = self.leaves.get("weight")
@@ -64,14 +70,16 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Facts:
-    """`linears` by path in natural order of the files; `fused`: module that an engine makes ->
-    the linears it is made of; `rest`: tensors that belong to no linear; `known`: what the
+    """`tensors`: those of the files, but of each expert where many lie in one, which they are
+    called by then; `linears` by path in natural order of the files; `fused`: module that an engine
+    makes -> the linears it is made of; `rest`: tensors that belong to no linear; `known`: what the
     configuration asks for.
     """
 
     files: Files
     said: Said
     known: Known
+    tensors: Mapping[str, TensorInfo]
     linears: Mapping[str, Linear]
     fused: Mapping[str, tuple[str, ...]]
     rest: Mapping[str, TensorInfo] = field(default_factory=dict)
@@ -108,9 +116,11 @@ def read_facts(model: str | Path) -> Facts:
     """The facts of the checkpoint `model`. Raises InputError where there is none."""
     files = read_files(model)
     said = read_said(files.config.get("quantization_config"), files.file)
-    known = read_known(files.config, files.tensors)
+    plain = {k: v for k, v in files.config.items() if k != "quantization_config"}
+    tensors = apart_tensors(files.tensors, stored_pieces(plain, files.tensors))
+    known = read_known(files.config, tensors)
     shapes = known.linears
-    leaves, rest = _by_module(straight_infos(known.spec, files.tensors), shapes)
+    leaves, rest = _by_module(straight_infos(known.spec, tensors), shapes)
     ignored = matcher(said.layout, None, said.ignored)
     grouper = said.grouper()
     linears = {
@@ -118,7 +128,13 @@ def read_facts(model: str | Path) -> Facts:
         for path, found in leaves.items()
     }
     return Facts(
-        files=files, said=said, known=known, linears=linears, fused=_fused(linears), rest=rest
+        files=files,
+        said=said,
+        known=known,
+        tensors=tensors,
+        linears=linears,
+        fused=_fused(linears),
+        rest=rest,
     )
 
 

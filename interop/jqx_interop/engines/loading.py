@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .description_checks import ROUTERS
 from .engines import Engine
+from .experts import STACKED
 from .facts import Facts, Linear
 from .intrinsic import Seen
 from .loading_keys import KEY_RULES
@@ -107,7 +108,7 @@ _GLOBAL = ("weight_global_scale", "input_global_scale")
 
 def _values(seen: Seen, group: tuple[Linear, ...], leaf: str) -> dict[str, float]:
     """The names and values of a leaf that is one number."""
-    names = (f"{linear.path}.{leaf}" for linear in group if leaf in linear.leaves)
+    names = (linear.leaves[leaf].name for linear in group if leaf in linear.leaves)
     single = seen.numbers.single
     return {name: single[name] for name in names if name in single}
 
@@ -193,16 +194,22 @@ def _columns(seen: Seen, engine: Engine) -> Iterator[str]:
             yield f"{linear.path} has {linear.dims.k} columns, no multiple of {step}"
 
 
-def _unfused_experts(seen: Seen, engine: Engine) -> Iterator[Finding]:
-    """Stacks of experts that are quantized: their rules were not read."""
-    stacked = [
-        path
-        for path, linear in seen.facts.linears.items()
-        if linear.kind == "experts" and linear.quantized and _rank(linear) == 3
-    ]
-    if stacked:
-        text = f"{first(stacked)}: how stacked experts are read was not found out"
-        yield Finding(text=text, loads=None)
+def _stacked_experts(seen: Seen, engine: Engine) -> Iterator[Finding]:
+    """Experts that are quantized and lie in one tensor, where that is not known to be read."""
+    kind = str(seen.facts.files.config.get("model_type"))
+    stacks: dict[str, dict[str, None]] = {}
+    for linear in seen.facts.linears.values():
+        if linear.kind == "experts" and linear.quantized and (linear.stacked or _rank(linear) == 3):
+            scheme = linear.scheme.name if linear.scheme else ""
+            stacks.setdefault(scheme, {})[linear.leaves["weight"].name] = None
+    for scheme, names in stacks.items():
+        row = STACKED.get((engine.name, kind, scheme))
+        if row is None:
+            text = f"{first(names)}: how {engine.label} reads experts in one tensor was not found"
+            yield Finding(text=f"{text} out", loads=None)
+        elif not row.loads:
+            text = f"{first(names)}: {row.note}"
+            yield Finding(text=text, source=row.source, loads=row.loads)
 
 
 def _rank(linear: Linear) -> int:
@@ -249,8 +256,8 @@ LOADING: tuple[Rule[Seen], ...] = (
     *KEY_RULES,
     Rule(
         name="stacked-experts",
-        check=_unfused_experts,
+        check=_stacked_experts,
         source="no rule here",
-        way_out="try it, and compare with jqx eval",
+        way_out="jqx quantize --no-fuse-experts writes tensors of each expert",
     ),
 )

@@ -9,6 +9,7 @@ import numpy as np
 
 from jqx_interop.checkpoints import TensorInfo
 from jqx_interop.progress import Progress, Silent
+from jqx_interop.unfused import SCALES as STACK_SCALES
 
 from .facts import Facts
 from .problem import first
@@ -80,7 +81,7 @@ def _inverted(single: Mapping[str, float]) -> Iterator[str]:
 
 def _wanted(facts: Facts) -> Iterator[tuple[str, TensorInfo]]:
     for name, info in facts.files.tensors.items():
-        leaf = name.rpartition(".")[2]
+        leaf = next((e[1:] for e in STACK_SCALES if name.endswith(e)), name.rpartition(".")[2])
         if (leaf in SCALES or leaf in _INTEGERS) and info.file.name not in facts.files.damaged:
             yield leaf, info
 

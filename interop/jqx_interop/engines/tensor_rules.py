@@ -45,7 +45,7 @@ def _missing(facts: Facts) -> Iterator[str]:
 
 def _absent(facts: Facts) -> Iterator[str]:
     expected = expected_parameters(facts)
-    have = facts.files.tensors
+    have = facts.tensors
     yield from (f"{name} is missing" for name in expected if name not in have)
     for path in facts.shapes:
         if path not in facts.linears:
@@ -78,7 +78,7 @@ def _dtypes(facts: Facts) -> Iterator[str]:
             yield f"{info.name} is {info.dtype}, and should be {' or '.join(leaf.dtypes)}"
     expected = expected_parameters(facts)
     for name in expected:
-        info = facts.files.tensors.get(name)
+        info = facts.tensors.get(name)
         if info is not None and info.dtype not in FLOAT:
             yield f"{name} is {info.dtype}, and should be {' or '.join(FLOAT)}"
 
@@ -95,7 +95,7 @@ def _shapes(facts: Facts) -> Iterator[str]:
 
 def _sized(facts: Facts) -> Iterator[str]:
     for name, shape in (*expected_parameters(facts).items(), *_plain(facts)):
-        info = facts.files.tensors.get(name)
+        info = facts.tensors.get(name)
         if info is not None and info.shape != shape:
             yield f"{name} has shape {list(info.shape)}, config.json asks for {list(shape)}"
 
@@ -160,7 +160,8 @@ def _beside(facts: Facts) -> Iterator[str]:
             yield f"{told}: the model has no {path}"
             continue
         bias = linear.leaves.get("bias")
-        if bias is not None and bias.name not in known and not names.match(bias.name):
+        own = f"{path}.bias"
+        if bias is not None and own not in known and not names.match(own):
             yield from (f"{bias.name} is no tensor of the model",) if _counts(facts, bias) else ()
 
 

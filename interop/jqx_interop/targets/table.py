@@ -39,6 +39,7 @@ class Target:
     `any_float`: leaves that others store in other floating-point dtypes; `zero_biases`: whether
     others give linears biases that the model has not. `half_scales`: whether scales are float16.
     `uniform`: whether all linears have one format; `multiple`: what divides both axes of a weight.
+    `fused`: formats of weights and inputs in which experts that lie in one tensor stay in one.
     """
 
     name: str
@@ -65,6 +66,11 @@ class Target:
     half_scales: bool = False
     uniform: bool = False
     multiple: int = 1
+    fused: tuple[tuple[str, str | None], ...] = ()
+
+    def fuses(self, choice: Choice) -> bool:
+        """Whether experts in this format share the tensors that they share in the source."""
+        return choice.variant is None and (choice.weight, choice.input) in self.fused
 
     def nothing(self, names: Iterable[str], parameters: Collection[str]) -> set[str]:
         """Those of the tensors `names` that are there and add nothing: biases of zeros that others
@@ -166,6 +172,7 @@ TARGETS = {
             kv_formats=tuple(modelopt.KV_ALGOS),
             read=read_modelopt,
             method="modelopt",
+            fused=(("fp8", "fp8"), ("nvfp4", "nvfp4"), ("nvfp4", None)),
         ),
         Target(
             name=METHOD,
