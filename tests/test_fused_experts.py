@@ -272,7 +272,10 @@ FAULTS = {
         lambda t: t.pop(f"{STACK}_weight_scale_2"),
         {"missing-tensor": "down_proj.weight_scale_2 is missing"},
     ),
-    "codes are gone": (lambda t: t.pop(STACK), {"missing-tensor": "down_proj.weight is missing, and so are codes"}),
+    "codes are gone": (
+        lambda t: t.pop(STACK),
+        {"missing-tensor": "down_proj.weight is missing, and so are codes"},
+    ),
     "a scale of other blocks": (
         lambda t: t.update({f"{STACK}_weight_scale": t[f"{STACK}_weight_scale"][:, :3]}),
         {"group-size": "has a scale for"},
