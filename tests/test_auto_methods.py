@@ -40,12 +40,24 @@ def settings(model, **more):
     return Settings(calib=model.with_name("llama-ids.npy"), **more)
 
 
-@pytest.mark.parametrize("wave", [divergences.WAVE_BYTES, 1], ids=["one wave", "waves"])
-def test_divergences_follow_the_definition(model, tmp_path, monkeypatch, wave):
-    monkeypatch.setattr(divergences, "WAVE_BYTES", wave)
-    found = scored(
-        model, Scoring(recipes=FORMATS, method="kl"), tmp_path, settings(model), Silent()
-    )
+def diverged(model, folder):
+    return scored(model, Scoring(recipes=FORMATS, method="kl"), folder, settings(model), Silent())
+
+
+@pytest.fixture(scope="module")
+def found(model, tmp_path_factory):
+    """Scores of all groups in one wave."""
+    return diverged(model, tmp_path_factory.mktemp("kl"))
+
+
+def test_waves_change_nothing(model, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(divergences, "WAVE_BYTES", 1)
+    again = diverged(model, tmp_path)
+    for group, row in found.scores.items():
+        assert again.scores[group] == pytest.approx(row, rel=1e-4), group
+
+
+def test_divergences_follow_the_definition(model, found):
     ids = jnp.asarray(exports.token_ids("llama"), jnp.int32)
     whole = Whole(model, ids, found.groups)
     for group in found.groups:

@@ -36,12 +36,16 @@ class Whole:
         met = jax.jit(observe(self.logits, keep, merge=lambda a, b: a))
         self.log_p = jax.jit(lambda *args: jax.nn.log_softmax(probe(self.logits)(*args)))
         self.inputs = [met(self.loaded.params, batch)[1] for batch in ids]
+        self.places: dict[int, dict] = {}
 
     def logits(self, params, ids):
         return forward(self.loaded.spec, params, ids)
 
     def added(self, number):
-        return probes(self.logits, self.loaded.params, self.ids[number], paths=self.names)
+        if number not in self.places:
+            params, ids = self.loaded.params, self.ids[number]
+            self.places[number] = probes(self.logits, params, ids, paths=self.names)
+        return self.places[number]
 
     def change(self, number, path, kind):
         """What becomes different in the outputs of one linear, as its probe lies."""
