@@ -87,8 +87,12 @@ def calibrate(
                 for name, array in _arrays(job, unit, stats):
                     writer.write(name, array)
                 writer.sync()
-                space.record({"unit": unit, **extra})
+                told = {"experts": dict(stats.experts)} if stats.experts else {}
+                records.append({"unit": unit, **told, **extra})
+                space.record(records[-1])
             writer.finish()
+        if experts := [record["experts"] for record in records if "experts" in record]:
+            facts["experts"] = experts
         (space.files / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         space.publish()
     return {**facts, "bytes": plan.size, "out": str(out)}

@@ -150,7 +150,8 @@ def run(job: Job, out: str | Path, progress: Progress, inputs: Inputs | None = N
         write_descriptions(job, space.files)
         done = report_of(job, Path(out), plans, time.monotonic() - started)
         done = replace(done, experts=experts_line(experts))
-        staged = None if asked is None else stage_report(job, done, facts, inputs.told)
+        told = (job, done, facts, inputs.told, experts)
+        staged = None if asked is None else stage_report(*told)
         space.publish()
         if staged is not None:
             publish_report(staged)
