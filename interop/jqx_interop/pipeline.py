@@ -37,7 +37,7 @@ from .hidden import HiddenStates
 from .job import Job, prepare
 from .mixtures import experts_line
 from .progress import Progress, Silent
-from .recorded import Recorded
+from .recorded import Completed, Recorded, unrecorded
 from .report import Report, report_of
 from .report_files import check_apart, publish_report, stage_report
 from .runner import BlockStats, Runner
@@ -49,7 +49,9 @@ from .units import Finisher
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """Where the statistics of a job come from; all None where none are needed."""
+    """Where the statistics of a job come from; all None where none are needed. `calibration` beside
+    `activations` is for what was not recorded.
+    """
 
     calibration: CalibrationSet | None = None
     activations: Activations | None = None
@@ -63,10 +65,11 @@ class Inputs:
     @property
     def told(self) -> dict[str, Any]:
         """What a report tells of them."""
-        if (data := self.calibration) is not None:
-            return {"data": str(data.source), "batches": len(data), "tokens": data.tokens}
         given = {"activations": self.activations, "statistics": self.saved}
-        return {name: str(source.path) for name, source in given.items() if source is not None}
+        told = {name: str(source.path) for name, source in given.items() if source is not None}
+        if (data := self.calibration) is not None:
+            told |= {"data": str(data.source), "batches": len(data), "tokens": data.tokens}
+        return told
 
 
 def ptq(
@@ -106,17 +109,21 @@ def load_inputs(job: Job) -> Inputs:
         return Inputs()
     if job.settings.stats is not None:
         return Inputs(saved=SavedStats(job, job.settings.stats))
-    if job.settings.activations is not None:
-        return Inputs(activations=Activations(job.settings.activations))
+    if job.settings.activations is None:
+        return Inputs(calibration=_calibration(job))
+    activations = Activations(job.settings.activations)
+    more = _calibration(job) if unrecorded(job, activations) else None
+    return Inputs(activations=activations, calibration=more)
+
+
+def _calibration(job: Job) -> CalibrationSet:
     assert job.spec is not None
-    return Inputs(
-        calibration=load_calibration(
-            job.settings.calib,
-            tokenizer_dir=job.checkpoint.path,
-            vocab_size=job.spec.vocab,
-            size=job.settings.calib_size,
-            length=min(job.settings.calib_seq, context_of(job.checkpoint.config)),
-        )
+    return load_calibration(
+        job.settings.calib,
+        tokenizer_dir=job.checkpoint.path,
+        vocab_size=job.spec.vocab,
+        size=job.settings.calib_size,
+        length=min(job.settings.calib_seq, context_of(job.checkpoint.config)),
     )
 
 
@@ -273,12 +280,12 @@ def source_of(job: Job, inputs: Inputs, space: Workspace, progress: Progress) ->
     """Where the statistics of the units of a job come from."""
     if inputs.saved is not None:
         return inputs.saved
-    if inputs.activations is not None:
-        return Recorded(job, inputs.activations)
+    recorded = None if inputs.activations is None else Recorded(job, inputs.activations)
     if inputs.calibration is None:
-        return NoStatistics()
+        return NoStatistics() if recorded is None else recorded
     hidden = _hidden_states(job, inputs.calibration, space)
-    return Runner(job, inputs.calibration, hidden, progress, space.directory)
+    runner = Runner(job, inputs.calibration, hidden, progress, space.directory)
+    return runner if recorded is None else Completed(recorded, runner)
 
 
 def _hidden_states(job: Job, data: CalibrationSet, space: Workspace) -> HiddenStates:
