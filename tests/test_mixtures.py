@@ -3,6 +3,7 @@
 byte, experts without tokens, all tokens for all experts, and what is refused.
 """
 
+import base64
 import json
 from pathlib import Path
 
@@ -12,13 +13,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from command import jqx
+import reports
+from command import jqx, refused, snapshot
+from matplotlib import image
+from matplotlib.colors import to_rgb
 from safetensors.numpy import load_file, save_file
 from tiny_families import ONE_EACH
 
 import jqx_interop as ji
 from jqx import models
 from jqx.models import Experts, kinds
+from jqx_interop.report_plot import FEW_TOKENS, NO_TOKENS, plot_tokens, token_counts, token_marks
 
 KINDS = ("qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text")
 
@@ -147,6 +152,58 @@ def test_experts_without_tokens_take_statistics_of_the_others(lonely, tmp_path: 
     tokens = {row["path"]: row["tokens"] for row in rows if "tokens" in row}
     assert tokens["model.layers.1.mlp.experts.7.up_proj"] == 0
     assert sum(n for path, n in tokens.items() if ".1.mlp" in path and "up" in path) == 3 * 64
+
+
+def test_a_picture_of_the_tokens_of_experts(originals, tmp_path: Path):
+    source = originals("qwen3_moe")
+    said = quantized(source, tmp_path / "out", "--qformat", "nvfp4", "--report", tmp_path / "live")
+    content = reports.told(tmp_path / "live")
+    sent = {i: np.bincount(ids.ravel(), minlength=6) for i, (_, ids, _) in routed(source).items()}
+    few, every = (sum(int((n < most).sum()) for n in sent.values()) for most in (32, np.inf))
+    assert f"{few} of {every} experts were sent fewer than 32 tokens" in content["experts"] in said
+    found = {block["layer"]: block["tokens"] for block in content["expert_tokens"]}
+    assert found == {i: counts.tolist() for i, counts in sent.items()}
+    assert set(snapshot(tmp_path / "live")) == {*reports.FILES, "experts.png"}
+    picture = base64.b64encode((tmp_path / "live" / "experts.png").read_bytes()).decode()
+    text = (tmp_path / "live" / "report.html").read_text()
+    page = reports.Page(text)
+    assert f"data:image/png;base64,{picture}" in [tag.get("src") for _, tag in page.tags]
+    assert any(content["experts"] in said for said in page.inside["p"])
+
+
+def test_saved_statistics_know_the_tokens_of_experts(originals, tmp_path: Path):
+    source, made = originals("qwen3_moe"), {}
+    stats_of(tmp_path / "stats", source)
+    for name, data in {
+        "live": ("--calib", source.parent / "ids.npy"),
+        "saved": ("--stats", tmp_path / "stats"),
+    }.items():
+        words = ("--qformat", "nvfp4", "--report", tmp_path / name)
+        done = jqx("quantize", source, tmp_path / f"{name}-out", *words, *data)
+        assert done.code == 0, done.err
+        content = reports.told(tmp_path / name)
+        rows = {row["path"]: row["tokens"] for row in content["linears"] if "tokens" in row}
+        picture = (tmp_path / name / "experts.png").read_bytes()
+        made[name] = (content["expert_tokens"], content["experts"], rows, picture)
+    assert made["live"] == made["saved"]
+    facts = tmp_path / "stats" / "stats.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"experts": [{"layer": 0}]}))
+    words = ("--qformat", "nvfp4", "--stats", tmp_path / "stats")
+    refused("quantize", source, tmp_path / "more", *words, saying="describes no statistics")
+
+
+def test_marks_in_a_picture_of_tokens(tmp_path: Path):
+    blocks = [{"layer": 3, "tokens": [0, 31, 32]}, {"layer": 7, "tokens": [500]}]
+    counts = token_counts(blocks)
+    np.testing.assert_array_equal(counts, [[0, 31, 32], [500, np.nan, np.nan]])
+    few, none, absent = token_marks(counts).values()
+    assert few.tolist() == [[True, True, False], [False] * 3]
+    assert none.tolist() == [[True, False, False], [False] * 3]
+    assert absent.tolist() == [[False] * 3, [False, True, True]]
+    plot_tokens(blocks, "2 of 4 $x^$", tmp_path / "experts.png")
+    drawn = image.imread(tmp_path / "experts.png")
+    for color in (FEW_TOKENS, NO_TOKENS):
+        assert (np.abs(drawn[..., :3] - to_rgb(color)).max(-1) < 0.01).sum() > 10_000
 
 
 def test_all_experts_is_refused_where_routing_scales_inputs(originals, tmp_path: Path):

@@ -15,6 +15,7 @@ from jqx.models import param_shapes
 from jqx_interop.families import spec_from_config
 from jqx_interop.job import prepare
 from jqx_interop.outlines import open_outline
+from jqx_interop.plan import make_plan
 from jqx_interop.settings import Settings
 
 DEEPSEEK = {
@@ -128,6 +129,30 @@ def test_a_plan_of_a_family_counts_its_calibration(tmp_path):
     whole = json.loads(jqx("quantize", base, *asked)[1])
     for key in ("linears", "output_bytes", "coverage", "engines", "files"):
         assert plan[key] == whole[key]
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_gptq"])
+def test_experts_are_not_in_memory_together(tmp_path, monkeypatch, recipe):
+    """Those of a block of DeepSeek-V3 take 42 GiB in float32, and their second moments 53: these
+    lie in files, and so do states.
+    """
+    monkeypatch.setattr("jqx_interop.plan._best", lambda work: 1e-3)
+    monkeypatch.setattr("jqx_interop.plan.callers", lambda: 2)
+    config = DEEPSEEK | {"num_hidden_layers": 5, "num_nextn_predict_layers": 1}
+    config |= {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8}
+    job = prepare(written(tmp_path / "model", config), recipe, Settings(), planned=True)
+    plan = make_plan(job, 512 * 512)
+    moments = 256 * 4 * (7168**2 + 2048**2)
+    states = 512 * 512 * 7168 * 4
+    assert plan.spilled_bytes == 2 * states + 4 * states + (3 * moments if "gptq" in recipe else 0)
+    assert plan.peak_memory_bytes < (8 if recipe == "nvfp4" else 20) * GIB
+    assert plan.output_bytes > 2 * 256 * 3 * 7168 * 2048 * 0.5
+    assert plan.notes[1:] == (
+        "layers that predict further tokens go on as they are and are not counted: 1",
+    )
 
 
 def test_kept_numbers_stay_wide(tmp_path):

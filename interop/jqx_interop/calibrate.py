@@ -87,8 +87,12 @@ def calibrate(
                 for name, array in _arrays(job, unit, stats):
                     writer.write(name, array)
                 writer.sync()
-                space.record({"unit": unit, **extra})
+                told = {"experts": dict(stats.experts)} if stats.experts else {}
+                records.append({"unit": unit, **told, **extra})
+                space.record(records[-1])
             writer.finish()
+        if experts := [record["experts"] for record in records if "experts" in record]:
+            facts["experts"] = experts
         (space.files / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         space.publish()
     return {**facts, "bytes": plan.size, "out": str(out)}
@@ -123,17 +127,21 @@ def _entries(job: Job, inputs: Inputs) -> Iterator[tuple[str, tuple[int, list[Te
             if path + ".weight" in inside and "amax" in job.wanted(path):
                 yield f"{path}|amax", (unit, [TensorOut(f"{path}|amax", "F32", ())])
         for leader, members in kept.items():
-            tokens = inputs.tokens or _recorded_tokens(inputs, (leader, *members))
+            tokens = _tokens_of(inputs, (leader, *members))
             wanted = wanted_of(job, members, tokens)
             yield leader, (unit, list(_tensors(leader, wanted)))
     for attention in job.attentions if job.needs_kv else ():
         yield attention.path, (attention.unit, list(_kv_tensors(job, attention)))
 
 
-def _recorded_tokens(inputs: Inputs, paths: Iterable[str]) -> int:
-    assert inputs.activations is not None
-    path = next(p for p in paths if p in inputs.activations.modules())
-    return sum(int(np.prod(x.shape[:-1])) for x in inputs.activations.batches(path))
+def _tokens_of(inputs: Inputs, paths: Iterable[str]) -> int:
+    """How many tokens of the input of these linears are met."""
+    if (recorded := inputs.activations) is None:
+        return inputs.tokens
+    path = next((p for p in paths if p in recorded.modules()), None)
+    if path is None:
+        return inputs.tokens
+    return sum(int(np.prod(x.shape[:-1])) for x in recorded.batches(path))
 
 
 def _tensors(path: str, wanted: Wanted) -> Iterator[TensorOut]:

@@ -5,9 +5,10 @@
 
 The first factor is a block scale, which E4M3 holds from 2^-9 to 2^8: blocks down to 2^-17 of the
 largest are exact, and those below are rounded as any block is. (ModelOpt 0.47,
-`cast_mxfp4_to_nvfp4`.)
+`cast_mxfp4_to_nvfp4`.) So do experts that lie in one tensor, each by itself.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,10 +19,12 @@ import numpy as np
 from jqx.algorithms import Linear, stored
 from jqx.config import base_format
 from jqx.formats import Format, find_format
+from jqx.models.apart import Piece
 from jqx.tensors import QTensor
 
 from .job import Job
 from .sources import DecodedCheckpoint
+from .unfused import UnfusedCheckpoint
 
 FROM, TO = "mxfp4", "nvfp4"
 BIAS, TOP, LEAST = 127, 8, -9  # of exponents: that of a byte, and those that E4M3 reaches
@@ -47,13 +50,12 @@ class Carried:
 
 def carried(job: Job, path: str) -> QTensor | None:
     """What a linear becomes without being quantized anew; None for one that is."""
-    source = _source_of(job, path)
-    if source is None:
+    if (q := _stored(job, path)) is None:
         return None
-    q, name = source.stored(f"{path}.weight"), job.choices[path].weight or ""
+    name = job.choices[path].weight or ""
     if name == FROM:
         return q.replace(input_format=job.choices[path].input)
-    if (top := _top(job, source, path)) is None:
+    if (top := _top(job, path)) is None:
         return None
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         found = cast(q, top, find_format(name))
@@ -64,50 +66,64 @@ def count(job: Job) -> Carried | None:
     """What becomes of the blocks of a job, from scales and few codes; None where none is cast."""
     blocks = beyond = 0
     for path, choice in job.choices.items():
-        source = _source_of(job, path)
-        if source is None or choice.weight == FROM:
+        if choice.weight == FROM or (q := _stored(job, path)) is None:
             continue
-        if (top := _top(job, source, path)) is None:
+        if (top := _top(job, path)) is None:
             continue
-        q = source.stored(f"{path}.weight")
         exponents = np.asarray(q.scale).astype(np.int32) - BIAS
         low = exponents < top - TOP + LEAST
         codes = np.asarray(q.codes).reshape(*exponents.shape, -1)
         blocks += exponents.size
         beyond += int(np.any(codes[low] & 0x77, axis=-1).sum())
-        source.release(f"{path}.weight")
+        job.checkpoint.release(f"{path}.weight")
     return Carried(blocks=blocks, beyond=beyond) if blocks else None
 
 
 def alike(job: Job, path: str) -> list[str]:
     """The linears that share the tensor scale of `path`, and it."""
-    if members := job.fusion.members(path):
-        return list(members)
     groups = (group for group in job.inventory.siblings if path in group)
     group = next(groups, (path,)) if job.shares(path) else (path,)
     return [p for p in group if job.choices.get(p) == job.choices[path]]
 
 
-def _source_of(job: Job, path: str) -> DecodedCheckpoint | None:
-    """The source of a linear that is MXFP4 there and need not be searched."""
-    source, choice = job.checkpoint, job.choices[path]
-    if not isinstance(source, DecodedCheckpoint) or choice.weight not in (FROM, TO):
+def _stored(job: Job, path: str) -> QTensor | None:
+    """The codes of a linear that is MXFP4 in the source and need not be searched."""
+    source, name = job.checkpoint, f"{path}.weight"
+    if job.choices[path].weight not in (FROM, TO):
         return None
     if any(step.method != "max" for step in job.config.steps):
         return None
-    weight = source.weights.get(f"{path}.weight")
-    stored_as = "" if weight is None or weight.choice is None else weight.choice.weight or ""
-    return source if base_format(stored_as) == FROM else None
+    if isinstance(source, UnfusedCheckpoint) and isinstance(source.base, DecodedCheckpoint):
+        if name in source.own:
+            return _of_expert(source.base, source.own[name][1])
+        source = source.base
+    if not isinstance(source, DecodedCheckpoint) or (weight := source.weights.get(name)) is None:
+        return None
+    stored_as = "" if weight.choice is None else weight.choice.weight or ""
+    return source.stored(name) if base_format(stored_as) == FROM else None
 
 
-def _top(job: Job, source: DecodedCheckpoint, path: str) -> int | None:
+def _of_expert(source: DecodedCheckpoint, piece: Piece) -> QTensor | None:
+    """The codes of what lies with all experts in one tensor."""
+    q = source.stored_member(piece.tensor, piece.e, piece.rows)
+    return q if q is not None and q.format == find_format(FROM) else None
+
+
+def _top(job: Job, path: str) -> int | None:
     """The largest exponent of all linears that share the tensor scale of `path`; None where one of
     them is quantized anew.
     """
-    group = alike(job, path)
-    if any(_source_of(job, p) is None for p in group):
-        return None
-    return max(top_of(np.asarray(source.stored(f"{p}.weight").scale)) for p in group)
+
+    def largest(group: Iterable[str]) -> tuple[int | None]:
+        tops = []
+        for member in group:
+            if (q := _stored(job, member)) is None:
+                return (None,)
+            tops.append(top_of(np.asarray(q.scale)))
+        return (max(tops),)
+
+    (top,) = job.fusion.once(path, "top", largest) or largest(alike(job, path))
+    return top
 
 
 def top_of(scales: np.ndarray) -> int:

@@ -19,6 +19,7 @@ from jqx.errors import InputError, nearest
 from .checkpoints import ShardWriter, TensorOut, Workspace, plan_shards, refuse, small_files, told
 from .describe import describe
 from .fusing import fused_again, scales_of
+from .inventory import carried_tensors, matrices
 from .notes import NOTE, SCALARS, exact_notes
 from .orientation import laid, laid_outputs, matrix
 from .progress import Progress, Silent
@@ -83,7 +84,8 @@ def export(
         for file in small_files(source.checkpoint):
             shutil.copyfile(file, space.files / file.name)
         config = source.checkpoint.config
-        rest = unquantized(source.spec, config, source.choices)
+        others = matrices(source.checkpoint, carried_tensors(source.checkpoint, source.spec))
+        rest = [*unquantized(source.spec, config, source.choices), *others]
         describe(space.files, config, (source.choices, rest, source.spec.kv_cache), target)
         space.publish()
     size = sum(tensor.nbytes for tensor in outputs)

@@ -73,7 +73,7 @@ class Fusion:
     slabs: Mapping[str, Slab] = field(default_factory=dict)
     linears: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
-    _amax: dict[str, np.float32] = field(default_factory=dict)
+    _found: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def members(self, path: str) -> tuple[str, ...]:
         """The linears that share a tensor, and so its scales, with `path`; none if it has its own
@@ -82,17 +82,17 @@ class Fusion:
         slab = self.slabs.get(f"{path}.weight")
         return () if slab is None else self.linears.get(slab.tensor, ())
 
-    def amax(self, path: str, of: Callable[[str], np.float32]) -> np.float32 | None:
-        """The largest magnitude in the tensor that `path` shares, found once by `of` for every
-        linear; None if it has its own.
+    def once(self, path: str, what: str, find: Callable[[tuple[str, ...]], Any]) -> Any:
+        """What `find` finds of the linears that share a tensor with `path`, called `what`, which it
+        is asked for once; None for a linear that has its own.
         """
         if not (members := self.members(path)):
             return None
-        tensor = self.slabs[f"{path}.weight"].tensor
+        key = (self.slabs[f"{path}.weight"].tensor, what)
         with self._lock:
-            if tensor not in self._amax:
-                self._amax[tensor] = np.float32(max(of(member) for member in members))
-            return self._amax[tensor]
+            if key not in self._found:
+                self._found[key] = find(members)
+            return self._found[key]
 
     def place(self, name: str, shape: Shape) -> Place | None:
         """Where the array `name` of one expert goes; None where it is written as it is."""

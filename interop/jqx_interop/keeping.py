@@ -31,6 +31,11 @@ def kept_linears(
     Raises InputError for a source that is not quantized, and one for all that `target` has no name
     or no place for.
     """
+    if not isinstance(checkpoint, DecodedCheckpoint) and checkpoint.source is not None:
+        raise InputError(
+            f"the experts of {checkpoint.path} lie in one tensor and are written one by one, so "
+            "they do not stay as they are: leave --keep-source out"
+        )
     if not isinstance(checkpoint, DecodedCheckpoint):
         raise InputError(
             f"{checkpoint.path} is not quantized, so there is nothing to keep: leave --keep-source "

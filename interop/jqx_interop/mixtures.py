@@ -209,6 +209,8 @@ class MixtureRun:
     def told(self) -> dict[str, Any]:
         """How many tokens experts were sent, for a journal and a report."""
         return {
+            "layer": self._i,
+            "tokens": self.tokens.tolist(),
             "experts": len(self.tokens),
             "few": int((self.tokens < LEAST_TOKENS).sum()),
             "none": int((self.tokens == 0).sum()),

@@ -38,7 +38,7 @@ from .job import Job, prepare
 from .mixtures import experts_line
 from .outputs import pieces_of
 from .progress import Progress, Silent
-from .recorded import Recorded
+from .recorded import Completed, Recorded, unrecorded
 from .report import Report, report_of
 from .report_files import check_apart, publish_report, stage_report
 from .runner import BlockStats, Runner
@@ -50,7 +50,9 @@ from .units import Finisher
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """Where the statistics of a job come from; all None where none are needed."""
+    """Where the statistics of a job come from; all None where none are needed. `calibration` beside
+    `activations` is for what was not recorded.
+    """
 
     calibration: CalibrationSet | None = None
     activations: Activations | None = None
@@ -64,10 +66,11 @@ class Inputs:
     @property
     def told(self) -> dict[str, Any]:
         """What a report tells of them."""
-        if (data := self.calibration) is not None:
-            return {"data": str(data.source), "batches": len(data), "tokens": data.tokens}
         given = {"activations": self.activations, "statistics": self.saved}
-        return {name: str(source.path) for name, source in given.items() if source is not None}
+        told = {name: str(source.path) for name, source in given.items() if source is not None}
+        if (data := self.calibration) is not None:
+            told |= {"data": str(data.source), "batches": len(data), "tokens": data.tokens}
+        return told
 
 
 def ptq(
@@ -107,17 +110,21 @@ def load_inputs(job: Job) -> Inputs:
         return Inputs()
     if job.settings.stats is not None:
         return Inputs(saved=SavedStats(job, job.settings.stats))
-    if job.settings.activations is not None:
-        return Inputs(activations=Activations(job.settings.activations))
+    if job.settings.activations is None:
+        return Inputs(calibration=_calibration(job))
+    activations = Activations(job.settings.activations)
+    more = _calibration(job) if unrecorded(job, activations) else None
+    return Inputs(activations=activations, calibration=more)
+
+
+def _calibration(job: Job) -> CalibrationSet:
     assert job.spec is not None
-    return Inputs(
-        calibration=load_calibration(
-            job.settings.calib,
-            tokenizer_dir=job.checkpoint.path,
-            vocab_size=job.spec.vocab,
-            size=job.settings.calib_size,
-            length=min(job.settings.calib_seq, context_of(job.checkpoint.config)),
-        )
+    return load_calibration(
+        job.settings.calib,
+        tokenizer_dir=job.checkpoint.path,
+        vocab_size=job.spec.vocab,
+        size=job.settings.calib_size,
+        length=min(job.settings.calib_seq, context_of(job.checkpoint.config)),
     )
 
 
@@ -151,7 +158,8 @@ def run(job: Job, out: str | Path, progress: Progress, inputs: Inputs | None = N
         write_descriptions(job, space.files)
         done = report_of(job, Path(out), plans, time.monotonic() - started)
         done = replace(done, experts=experts_line(experts))
-        staged = None if asked is None else stage_report(job, done, facts, inputs.told)
+        told = (job, done, facts, inputs.told, experts)
+        staged = None if asked is None else stage_report(*told)
         space.publish()
         if staged is not None:
             publish_report(staged)
@@ -274,12 +282,12 @@ def source_of(job: Job, inputs: Inputs, space: Workspace, progress: Progress) ->
     """Where the statistics of the units of a job come from."""
     if inputs.saved is not None:
         return inputs.saved
-    if inputs.activations is not None:
-        return Recorded(job, inputs.activations)
+    recorded = None if inputs.activations is None else Recorded(job, inputs.activations)
     if inputs.calibration is None:
-        return NoStatistics()
+        return NoStatistics() if recorded is None else recorded
     hidden = _hidden_states(job, inputs.calibration, space)
-    return Runner(job, inputs.calibration, hidden, progress, space.directory)
+    runner = Runner(job, inputs.calibration, hidden, progress, space.directory)
+    return runner if recorded is None else Completed(recorded, runner)
 
 
 def _hidden_states(job: Job, data: CalibrationSet, space: Workspace) -> HiddenStates:

@@ -36,10 +36,11 @@ from .chain import ROWS_PER_CALL
 from .checkpoints import parse_size, plan_shards
 from .device import callers, compute_of
 from .engines import Verdict, engines_for
-from .experts import room_for_states
+from .experts import linears_of_experts, room_for_states
 from .families import context_of
 from .job import Job
 from .report import Coverage, coverage_of
+from .routed import IN_MEMORY
 from .weights import CHUNK, encode_weight, linear_groups
 
 PROCESS = 110 << 20  # bytes of a process that has loaded JAX
@@ -48,6 +49,7 @@ STARTUP = 3.0  # seconds to load JAX and compile
 SEARCH_COMPILER = 150 << 20  # bytes that compiling searches takes more
 SEARCHED_COPIES = 8  # of the largest weight, in float32
 SEARCH_STARTUP = 6.0  # seconds to compile searches
+EXPERTS_MET = 4  # experts whose second moments are in memory: collected, put together, searched
 DECODERS = 4  # weights of a source that are decoded side by side
 
 
@@ -138,6 +140,8 @@ def _notes(job: Job) -> Iterator[str]:
     """What to know of a plan that is made of a config.json alone."""
     if job.outlined:
         yield f"no weights are here: this is what {job.dtype.name} ones by config.json would give"
+    if job.outlined and (more := job.checkpoint.config.get("num_nextn_predict_layers")):
+        yield f"layers that predict further tokens go on as they are and are not counted: {more}"
 
 
 def tokens_of(job: Job) -> int:
@@ -154,7 +158,7 @@ def _existing(path: Path) -> Path:
 
 
 def _memory(job: Job, tokens: int) -> tuple[int, int]:
-    """Peak memory, and bytes of hidden states that go to disk."""
+    """Peak memory, and bytes of hidden states and of statistics that go to disk."""
     largest = max(math.prod(job.modules[path].shape) for path in job.choices)
     encoding = 2 * min(largest, CHUNK) * (4 + 4 + 2) + largest
     if job.checkpoint.source is not None:  # decoded ones are in memory, those of files are not
@@ -165,14 +169,27 @@ def _memory(job: Job, tokens: int) -> tuple[int, int]:
     block, at_once = streamed_parameters(job.spec) * carrier, callers()
     if job.settings.low_memory:
         block, at_once = _compressed_block(job, carrier), 1
-    hidden = tokens * job.spec.hidden * carrier
-    room = room_for_states(job.spec, parse_size(job.settings.max_memory))
-    spilled = hidden if hidden > room else 0
+    hidden, spilled = _states(job, job.spec, tokens, carrier)
     widths = working_width(job.spec)
     rows = max(ROWS_PER_CALL, job.settings.calib_seq * max(job.settings.batch_size, 1))
     calls = at_once * min(tokens, rows) * widths * 4
-    memory = PROCESS + COMPILER + block + hidden - spilled + calls + encoding
-    return memory + _searching(job, largest), 2 * spilled
+    searching, moments = _searching(job, largest)
+    return PROCESS + COMPILER + block + hidden + calls + encoding + searching, spilled + moments
+
+
+def _states(job: Job, spec: ModelSpec, tokens: int, carrier: int) -> tuple[int, int]:
+    """Bytes of hidden states, and of what lies beside them while experts are run: in memory, and on
+    disk.
+    """
+    numbers = tokens * spec.hidden
+    hidden = numbers * carrier
+    spills = hidden > room_for_states(spec, parse_size(job.settings.max_memory))
+    rows = [kind.mlp for kind in spec.blocks if isinstance(kind.mlp, Experts)]
+    kept = 3 if any(row.shared is not None for row in rows) else 2
+    beside = numbers * (kept * carrier + 4) if rows else 0
+    files = spills or 4 * numbers * 4 > IN_MEMORY
+    disk = (2 * hidden if spills else 0) + (beside if files else 0)
+    return (0 if spills else hidden) + (0 if files else beside), disk
 
 
 def _compressed_block(job: Job, carrier: int) -> int:
@@ -190,21 +207,29 @@ def _compressed_block(job: Job, carrier: int) -> int:
     return max(sizes) + max(decoded, default=0) * carrier
 
 
-def _searching(job: Job, largest: int) -> int:
+def _searching(job: Job, largest: int) -> tuple[int, int]:
     """What second moments of a block take, those of the block before beside them, and a search in
-    the largest weight.
+    the largest weight; and bytes of moments on disk, where those of experts lie but for a few.
     """
+    experts = linears_of_experts(job.spec)
+    own: set[str] = set()
     met: set[tuple[str, int]] = set()  # linears of one width in a module mostly read one input
     for path in job.choices:
         if "gram" in job.wanted(path):
-            met.add((path.rpartition(".")[0], job.modules[path].shape[1]))
+            module = path.rpartition(".")[0]
+            own.update([module] if path in experts else [])
+            met.add((module, job.modules[path].shape[1]))
     moments: dict[str, int] = {}
+    files: dict[str, int] = {}
     for module, width in met:
-        block = module.rpartition(".")[0]
-        moments[block] = moments.get(block, 0) + 4 * width * width
-    if not moments:  # whole matrices all the same, where scales are rounded
-        return SEARCHED_COPIES * 4 * largest if job.target.half_scales else 0
-    return SEARCH_COMPILER + 3 * max(moments.values()) + SEARCHED_COPIES * 4 * largest
+        block, where = module.rpartition(".")[0], files if module in own else moments
+        where[block] = where.get(block, 0) + 4 * width * width
+    if not met:  # whole matrices all the same, where scales are rounded
+        return SEARCHED_COPIES * 4 * largest if job.target.half_scales else 0, 0
+    widths = [width for module, width in met if module in own]
+    few = EXPERTS_MET * sum(4 * width * width for width in set(widths))
+    memory = SEARCH_COMPILER + few + 3 * max(moments.values(), default=0)
+    return memory + SEARCHED_COPIES * 4 * largest, 3 * max(files.values(), default=0)
 
 
 def block_parameters(spec: ModelSpec) -> int:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a report: written beside its place, and renamed to it once OUT is there.
 
-DIR/report.json, DIR/errors.png, DIR/report.html
+DIR/report.json, DIR/errors.png, DIR/report.html, and for a mixture DIR/experts.png
 """
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from .checkpoints.workspace import SUFFIX as WORKSPACE
 from .job import Job
 from .report import Report
 from .report_page import page
-from .report_plot import plot_errors
+from .report_plot import plot_errors, plot_tokens
 from .report_rows import report_data
 from .searched import Facts
 
 SUFFIX = ".jqx-report-partial"
 DATA, PICTURE, PAGE = "report.json", "errors.png", "report.html"
+EXPERTS = "experts.png"
+TOLD = ("layer", "tokens")
 
 
 def check_apart(folder: str | Path, out: str | Path, model: Path) -> None:
@@ -38,8 +40,16 @@ def check_apart(folder: str | Path, out: str | Path, model: Path) -> None:
         raise InputError(one_line(f"{folder}: is inside the model directory {model}"))
 
 
-def stage_report(job: Job, report: Report, facts: Facts, data: Mapping[str, Any]) -> Path:
-    """Write the report of a finished job beside where it belongs; returns that directory."""
+def stage_report(
+    job: Job,
+    report: Report,
+    facts: Facts,
+    data: Mapping[str, Any],
+    experts: Sequence[Mapping[str, Any]],
+) -> Path:
+    """Write the report of a finished job beside where it belongs; returns that directory.
+    `experts`: what is told of those of every block.
+    """
     assert job.settings.report is not None
     folder = Path(job.settings.report).resolve()
     place = folder.with_name(folder.name + SUFFIX)
@@ -49,8 +59,13 @@ def stage_report(job: Job, report: Report, facts: Facts, data: Mapping[str, Any]
     content = report_data(job, report, facts, data)
     title = f"{report.recipe}: {len(content['linears'])} linears"
     plot_errors(content["linears"], title, place / PICTURE)
+    pictures = [(place / PICTURE).read_bytes()]
+    if experts:
+        content["expert_tokens"] = [{key: block[key] for key in TOLD} for block in experts]
+        plot_tokens(experts, (report.experts or "").partition(";")[0], place / EXPERTS)
+        pictures.append((place / EXPERTS).read_bytes())
     (place / DATA).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
-    text = page(content, (place / PICTURE).read_bytes())
+    text = page(content, *pictures)
     (place / PAGE).write_text(text, "utf-8", errors="backslashreplace")
     return place
 

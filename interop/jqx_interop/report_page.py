@@ -57,8 +57,10 @@ class Cell(NamedTuple):
     bar: int | None = None
 
 
-def page(data: Mapping[str, Any], picture: bytes) -> str:
-    """The page for the content of report.json; `picture`: the PNG of its errors."""
+def page(data: Mapping[str, Any], picture: bytes, experts: bytes | None = None) -> str:
+    """The page for the content of report.json; `picture`: the PNG of its errors, `experts`: that of
+    the tokens of experts.
+    """
     import jinja2
     from markupsafe import Markup
 
@@ -75,6 +77,7 @@ def page(data: Mapping[str, Any], picture: bytes) -> str:
         name=measure,
         unmeasured=len(rows) - len(known),
         picture=base64.b64encode(picture).decode(),
+        experts=None if experts is None else base64.b64encode(experts).decode(),
         columns=columns(rows),
         rows=cells(rows, measure),
         worst=cells(sorted(known, key=lambda row: -row[measure])[:WORST], measure),

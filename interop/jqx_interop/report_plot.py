@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error of every linear by layer, as a picture: one line a kind of linear."""
+"""Pictures: the error of every linear by layer, one line a kind of linear, and the tokens of every
+expert, a row a block.
+"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, Float
+
+from .mixtures import LEAST_TOKENS
 from .report_rows import Row, measure_of
 
 WIDTH, HEIGHT, DPI = 9.0, 4.8, 150
@@ -20,6 +26,8 @@ LABELS = {
 }
 NOTHING = 1e-12  # errors below this are none: the axis would be stretched by them
 DECADE = 10.0  # the least that the axis spans, so that small differences look small
+FEW_TOKENS, NO_TOKENS = "#f0a000", "#c00000"
+ROW_HEIGHT, MOST_HEIGHT = 0.16, 14.0  # inches: of the row of a block, and of a picture
 
 
 def plot_errors(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -58,6 +66,58 @@ def plot_errors(rows: Sequence[Row], title: str, path: Path) -> None:
             text.set_parse_math(False)
             text.set_text(plain(kind))
     figure.savefig(path)
+
+
+def plot_tokens(blocks: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Write the picture of the tokens that experts were sent to `path`, a PNG: blocks are rows,
+    experts columns. `blocks` have a `layer` and the `tokens` of its experts.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm, to_rgba
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    counts = token_counts(blocks)
+    most = max(float(np.nanmax(counts)), DECADE * LEAST_TOKENS)
+    shades = ScalarMappable(LogNorm(LEAST_TOKENS, most), "YlGnBu")
+    height = min(max(HEIGHT, 2 + ROW_HEIGHT * len(blocks)), MOST_HEIGHT)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colors = shades.to_rgba(np.maximum(np.nan_to_num(counts), LEAST_TOKENS))
+    for color, where in token_marks(counts).items():
+        colors[where] = to_rgba(color)
+    axes.imshow(colors, aspect="auto", interpolation="nearest")
+    layers = [block["layer"] for block in blocks]
+    named = FuncFormatter(lambda y, _: str(layers[int(y)]) if 0 <= y < len(layers) else "")
+    axes.yaxis.set_major_formatter(named)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.set_title(plain(title), fontsize=10, parse_math=False)
+    figure.colorbar(shades, ax=axes, label="tokens", format="%d")
+    keys = [Patch(color=FEW_TOKENS, label=f"fewer than {LEAST_TOKENS} tokens")]
+    keys.append(Patch(color=NO_TOKENS, label="none"))
+    figure.legend(handles=keys, loc="outside lower right", ncols=2, fontsize=8)
+    figure.savefig(path)
+
+
+def token_counts(blocks: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "blocks experts"]:
+    """The tokens of every expert; NaN where a block has fewer experts than another."""
+    wide = max(len(block["tokens"]) for block in blocks)
+    rows = [[*block["tokens"], *[np.nan] * (wide - len(block["tokens"]))] for block in blocks]
+    return np.array(rows, float)
+
+
+def token_marks(
+    counts: Float[np.ndarray, "blocks experts"],
+) -> dict[str, Bool[np.ndarray, "blocks experts"]]:
+    """Colour -> the experts that have it instead of a shade."""
+    marks = {FEW_TOKENS: counts < LEAST_TOKENS, NO_TOKENS: counts == 0}
+    return {**marks, "white": np.isnan(counts)}
 
 
 def lines(rows: Sequence[Row], measure: str) -> dict[str, list[tuple[int | None, float]]]:

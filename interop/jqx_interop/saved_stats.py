@@ -23,11 +23,13 @@ from .checkpoints.layout import read_header
 from .checkpoints.mapped import MappedTensors
 from .choices import wanted_kinds
 from .collecting import kinds_of
+from .experts import expert_linears
 from .job import Job
 from .runner import BlockStats
 
 FILE, FACTS = "stats.safetensors", "stats.json"
 VERSION = 1
+TOLD = {"layer", "tokens", "experts", "few", "none", "stand_in"}  # of the experts of a block
 
 
 class SavedStats:
@@ -124,7 +126,19 @@ class SavedStats:
         for attention in job.attentions if job.needs_kv else ():
             if attention.unit == unit:
                 kv = {f"{attention.path}.{n}": self._kv(f"{attention.path}.{n}") for n in "kv"}
-        return BlockStats(inputs=inputs, kv=kv), {}
+        return BlockStats(inputs=inputs, kv=kv, **self._of_experts(unit)), {}
+
+    def _of_experts(self, unit: int) -> dict[str, Any]:
+        """What was told of the experts of a unit when they were run, and what each was sent."""
+        job, blocks = self._job, self._job.inventory.blocks
+        told = next((b for b in self.facts.get("experts", ()) if blocks[b["layer"]] == unit), None)
+        if told is None:
+            return {}
+        assert job.spec is not None
+        members = expert_linears(job.spec, told["layer"])
+        own = {p: n for e, n in zip(members, told["tokens"], strict=True) for p in e.values()}
+        more = any(set(job.wanted(path)) - {"amax"} for path in own if path in job.choices)
+        return {"sent": own, "experts": {**told, "stand_in": told["stand_in"] and more}}
 
     def _read(self, name: str) -> Any:
         array = self._mapped.read(name)
@@ -154,6 +168,8 @@ def _described(facts: Any) -> bool:
         and facts.get("jqx_stats") == VERSION
         and isinstance(facts.get("readers"), dict)
         and isinstance(facts.get("kv"), str | None)
+        and isinstance(told := facts.get("experts", []), list)
+        and all(isinstance(row, dict) and row.keys() >= TOLD for row in told)
     )
 
 

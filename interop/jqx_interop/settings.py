@@ -20,9 +20,10 @@ class Settings:
 
     `kv_cache`: the format of keys and values, "none" to leave them (None: what the recipe says);
     `calib`: calibration data (None: the bundled text); `activations`: a file of recorded inputs of
-    linears, used instead of running the model; `stats`: a directory of statistics that were
-    collected before (`jqx calibrate`), likewise; `calib_size` sequences of `calib_seq` tokens, or
-    of as many as the model was made for if that is less;
+    linears, used instead of running the model, which is run only for experts that were not
+    recorded, where `calib` is given; `stats`: a directory of statistics that were collected before
+    (`jqx calibrate`), likewise; `calib_size` sequences of `calib_seq` tokens, or of as many as the
+    model was made for if that is less;
     `batch_size` sequences at a time (0: chosen); `max_memory`: above it, hidden states live in a
     memory-mapped file; `compute`: "auto", "float32" or "bf16"; `options`: what `--set` changes in
     the recipe; `restart`: throw an unfinished run away; `report`: a new directory for what became

@@ -93,17 +93,15 @@ def stored_group(job: Job, members: tuple[str, ...]) -> Iterator[tuple[str, QTen
     amax = {path: _amax(job, path, weights.get(path)) for path in together}
     for path in members:
         w = weights[path] if path in weights else read_weight(job, path)
-        if (whole := fused_amax(job, path)) is not None:
-            largest = whole
-        elif path in amax:
+        q, fmt = carried(job, path), find_format(job.choices[path].weight or "")
+        largest = fused_amax(job, path) if q is None else None
+        if largest is None and path in amax:
             largest = max(amax[p] for p in alike(job, members, path))
-        else:
+        elif largest is None:
             largest = checked_amax(w, path + ".weight")
-        fmt = find_format(job.choices[path].weight or "")
-        whole = largest if one_scale(fmt) else None
-        q = carried(job, path) or encode_weight(
-            w.astype(quotient_dtype(job, path), copy=False), fmt, whole
-        )
+        if q is None:
+            whole = largest if one_scale(fmt) else None
+            q = encode_weight(w.astype(quotient_dtype(job, path), copy=False), fmt, whole)
         del w
         yield path, q.replace(input_format=job.choices[path].input, dtype=job.dtype)
         job.checkpoint.release(path + ".weight")
@@ -114,12 +112,14 @@ def fused_amax(job: Job, path: str) -> np.float32 | None:
     all others. Raises InputError as `checked_amax`.
     """
 
-    def of(member: str) -> np.float32:
-        found = _amax(job, member, None)
-        job.checkpoint.release(f"{member}.weight")
+    def largest(members: tuple[str, ...]) -> np.float32:
+        found = np.float32(0)
+        for member in members:
+            found = np.maximum(found, _amax(job, member, None))
+            job.checkpoint.release(f"{member}.weight")
         return found
 
-    return job.fusion.amax(path, of)
+    return job.fusion.once(path, "amax", largest)
 
 
 def quotient_dtype(job: Job, path: str) -> np.dtype:

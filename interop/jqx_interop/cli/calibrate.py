@@ -49,7 +49,9 @@ def calibrate(  # noqa: PLR0913  a command's options are its parameters
     activations: Annotated[
         Path | None,
         typer.Option(
-            help="Recorded inputs of linears (safetensors): no model is run.", rich_help_panel=DATA
+            help="Recorded inputs of linears (safetensors): no model is run, but for experts that "
+            "were not recorded, on --calib.",
+            rich_help_panel=DATA,
         ),
     ] = None,
     set_: Annotated[

@@ -93,7 +93,9 @@ def quantize(  # noqa: PLR0913  a command's options are its parameters
     activations: Annotated[
         Path | None,
         typer.Option(
-            help="Recorded inputs of linears (safetensors): no model is run.", rich_help_panel=DATA
+            help="Recorded inputs of linears (safetensors): no model is run, but for experts that "
+            "were not recorded, on --calib.",
+            rich_help_panel=DATA,
         ),
     ] = None,
     stats: Annotated[

@@ -73,6 +73,16 @@ class DecodedCheckpoint(Checkpoint):
         assert weight.stored is not None  # asked for by those that look at `choice`
         return weight.stored(self._arrays(weight))
 
+    def stored_member(self, name: str, index: int, rows: slice) -> QTensor | None:
+        """Rows of the codes and scales of one expert of the tensor `name` as they are, [n, k]; None
+        where it holds no experts with codes of blocks in rows.
+        """
+        weight = self.weights.get(name)
+        if weight is None or weight.stored is None or set(weight.stacked) != set(weight.parts):
+            return None
+        arrays = self._arrays(weight)
+        return weight.stored({leaf: array[index, rows] for leaf, array in arrays.items()})
+
     def release(self, name: str) -> None:
         """Drop the resident pages of `name`, or of all its parts."""
         weight = self.weights.get(name)

@@ -64,6 +64,6 @@ def _weight(given: Given, base: str, parts: dict[str, str], blocks: tuple[int, .
         parts=parts,
         floats=floats,
         choice=None if lead else Choice(weight="mxfp4"),
-        stored=None if lead else stored,
+        stored=stored,
         stacked=tuple(parts) if lead else (),
     )
