@@ -26,8 +26,10 @@ SLICE = 1 << 26
 
 SIZES = (32, 8)
 """How many linears one program takes: few numbers, so that few programs are compiled. The rest goes
-by as many as are computed side by side.
+by as many as two rounds take.
 """
+
+ROUNDS = 2
 
 
 class Asked(NamedTuple):
@@ -98,15 +100,17 @@ def each(
 def _outline(tree: Any) -> tuple[Any, ...]:
     """What linears must have in common to be stacked."""
     leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((np.shape(leaf), np.result_type(leaf)) for leaf in leaves)
+    return structure, tuple((np.shape(leaf), np.asarray(leaf).dtype) for leaf in leaves)
 
 
 def _slices(paths: list[str], lanes: int) -> Iterator[list[str]]:
-    """`paths` in lots of few sizes; the last one again where `lanes` would stay empty."""
-    at = 0
+    """`paths` in lots of few sizes; the last one again where places would stay empty. Never one
+    round of the loop alone: compilers dissolve that into what is around it, and last bits move.
+    """
+    at, least = 0, ROUNDS * lanes
     while at < len(paths):
         left = len(paths) - at
-        size = next((size for size in SIZES if lanes <= size <= left), lanes)
+        size = next((size for size in SIZES if least <= size <= left), least)
         lot = paths[at : at + size]
         yield lot + [lot[-1]] * (size - len(lot))
         at += size
