@@ -52,7 +52,7 @@ def measured(shape: tuple[int, int, int], a: argparse.Namespace) -> tuple[float,
 
     def together() -> Any:
         rows = {kind: np.stack([row[kind] for row in stats]) for kind in stats[0]}
-        linears = Linear(np.stack(weights))
+        linears = Linear(jnp.asarray(np.stack(weights)))
         return jax.block_until_ready(of_each(linears, rows, run=calibrated, lanes=lanes, **given))
 
     wanted, got = np.stack([np.asarray(w) for w in alone()]), np.asarray(together().weight)

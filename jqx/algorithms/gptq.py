@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float32, Int32
 
 from jqx.errors import InputError
@@ -101,6 +102,7 @@ def check_gram(stats: Mapping[str, Any]) -> None:
             raise InputError(f"the second moments of the inputs ({kind}) are all zero")
 
 
+@sequential_vmap
 def inverse_root(
     h: Float32[Array, "k k"], damping: float
 ) -> tuple[Float32[Array, "k k"], Float32[Array, ""]]:
@@ -108,7 +110,8 @@ def inverse_root(
     identity and infinity where none up to `MOST_DAMPING` was enough.
 
     With rows and columns in reverse order the root of h is a lower one, and its inverse is U in
-    reverse order: one factorization and one triangular inverse.
+    reverse order: one factorization and one triangular inverse. Under `vmap` one matrix is done
+    after the other: on a CPU factorizations of several wait for threads that wait for them.
     """
     turned, eye = h[::-1, ::-1], jnp.eye(h.shape[0], dtype=jnp.float32)
 
