@@ -3,10 +3,10 @@
 others, and their codes.
 
 A block is one piece of work where factors are folded, since they move between its linears; without
-them the linears that read one input are.
+them the linears that read one input are, and those of experts that are alike.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,13 +28,13 @@ from jqx.algorithms.shared import (
 from jqx.algorithms.table import ALGORITHMS, apart, unscaled
 from jqx.calibration import input_scale
 from jqx.config import INPUT_FORMATS, Algorithm
-from jqx.errors import InputError
 from jqx.formats import Format, find_format
 from jqx.tensors import QTensor
 
 from .carrying import carried
 from .choices import input_bound
 from .job import Job
+from .together import Asked, bunched, each
 from .weights import (
     Groups,
     alike,
@@ -56,7 +56,7 @@ class Search:
 
     def __init__(self, job: Job, groups: Groups, inputs: Mapping[str, InputStats]):
         """Nothing is read yet."""
-        self._job, self._groups, self._inputs = job, groups, inputs
+        self._job, self._groups, self._inputs = job, list(bunched(job, groups)), inputs
         self._steps = _divided(apart(job.config.steps) if job.fold else job.config.steps)
         self._linears: dict[str, Linear] = {}
         self._factors: dict[str, jax.Array] = {}  # what inputs are multiplied by in all
@@ -70,75 +70,77 @@ class Search:
         """
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             yield from self._settled().items()
-            for group in self._groups:
-                for path in group:
-                    yield from self._encoded(path)
+            for path in self._paths():
+                yield from self._encoded(path)
 
     def compressed(self) -> Iterator[tuple[str, QTensor]]:
         """All linears without scales of inputs, where no factors of inputs are chosen."""
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             folded = self._settled()
             assert not folded, f"factors change {', '.join(folded)}"
-            for group in self._groups:
-                for path in group:
-                    q = self._finished(path)[1]
-                    yield path, q.replace(input_format=self._job.choices[path].input)
+            for path in self._paths():
+                q = self._finished(path)[1]
+                yield path, q.replace(input_format=self._job.choices[path].input)
 
     def alone(self) -> Iterator[tuple[str, Linear]]:
         """All linears as if each were the only one, before their codes: nothing is shared or
         folded.
         """
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            for group in self._groups:
-                self._calibrate(group, shared=False)
-                for path in group:
+            for groups in self._groups:
+                self._calibrate(groups, shared=False)
+                for path in (path for group in groups for path in group):
                     yield path, self._linears.pop(path)
 
     def _settled(self) -> dict[str, np.ndarray]:
         """Choose everything but codes. Returns the other tensors that change."""
-        for group in self._groups:
-            self._calibrate(group)
+        for groups in self._groups:
+            self._calibrate(groups)
         folded = dict(self._fold_rows())
-        for group in self._groups:
+        for group in (group for groups in self._groups for group in groups):
             self._unify(group)
         folded |= dict(self._fold_norms())
-        for group in self._groups:
-            self._refine(group)
-            self._finish(group)
+        for groups in self._groups:
+            self._refine(groups)
+            self._finish(groups)
         return folded
+
+    def _paths(self) -> list[str]:
+        return [path for groups in self._groups for group in groups for path in group]
 
     def changes(self) -> list[str]:
         """The tensors besides codes that `run` yields, as they are called in the checkpoint."""
-        folds, mine = self._job.folds, [path for group in self._groups for path in group]
+        folds, mine = self._job.folds, self._paths()
         norms = dict.fromkeys(folds.norms[path] for path in mine if path in folds.norms)
         names = [f"{norm}.{leaf}" for norm in norms for leaf in ("weight", "bias")]
         names += [f"{folds.rows[path]}.bias" for path in mine if path in folds.rows]
         return [name for name in names if name in self._job.checkpoint.tensors]
 
-    def _calibrate(self, group: tuple[str, ...], *, shared: bool = True) -> None:
-        """Every member by itself; one amax for all of them where they share the scale of tensors
+    def _calibrate(self, groups: Groups, *, shared: bool = True) -> None:
+        """Every member by itself; one amax for all of a group where they share the scale of tensors
         and it bounds what is searched.
         """
+        asked = {path: a for group in groups for path, a in self._asked(group, shared)}
+        self._linears.update(each(self._job, calibrated, asked))
+
+    def _asked(self, group: tuple[str, ...], shared: bool) -> Iterator[tuple[str, Asked]]:
+        """The members of a group before anything is searched."""
         job, weights, amax = self._job, {}, {}
         for path in group:
             weights[path] = read_weight(job, path)
             amax[path] = checked_amax(weights[path], path + ".weight")
         for path in group:
-            fmt, inputs = self._format(path), self._inputs.get(path, {})
-            linear = Linear(jnp.asarray(weights[path]), input_amax=_input_amax(inputs))
-            if fmt.tensor_bound is not None and _bounded(self._steps[0]):
-                members = alike(self._job, group, path) if shared else [path]
+            inputs = self._inputs.get(path, {})
+            linear = Linear(jnp.asarray(weights.pop(path)), input_amax=_input_amax(inputs))
+            if self._format(path).tensor_bound is not None and _bounded(self._steps[0]):
+                members = alike(job, group, path) if shared else [path]
                 most = max(amax[p] for p in members)
                 if shared and (whole := fused_amax(job, path)) is not None:
                     most = whole
                 linear = linear._replace(tensor_amax=jnp.asarray(most))
             scales = job.folds.scales(path)
             steps = self._steps[0] if scales else unscaled(self._steps[0])
-            try:
-                found = calibrated(linear, self._tied(path, inputs), fmt=fmt, steps=steps)
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from error
-            self._linears[path] = jax.block_until_ready(found)
+            yield path, Asked(linear, self._tied(path, inputs), steps)
 
     def _tied(self, path: str, inputs: InputStats) -> dict[str, Any]:
         """The statistics of a linear, with what says which of its channels must share a factor."""
@@ -201,22 +203,29 @@ class Search:
         linear = self._linears[path]._replace(input_amax=most)
         self._linears[path] = linear._replace(**{field: jnp.asarray(whole)})
 
-    def _refine(self, group: tuple[str, ...]) -> None:
+    def _refine(self, groups: Groups) -> None:
         """The steps that come after inputs are scaled, with the factors that linears share."""
         if not self._steps[1]:
             return
-        for path in group:
-            linear, fmt = self._linears[path], self._format(path)
-            if fmt.tensor_bound is not None and _bounded(self._steps[1]):
-                most = [
-                    jnp.max(jnp.abs(self._linears[p].weight)) for p in alike(self._job, group, path)
-                ]
-                largest = jnp.max(jnp.stack(most)).astype(jnp.float32)
-                if (whole := fused_amax(self._job, path)) is not None:
-                    largest = jnp.asarray(whole)
-                linear = linear._replace(tensor_amax=largest)
-            self._linears[path] = linear
-            self._met(path, partial(calibrated, fmt=fmt, steps=self._steps[1]))
+        bounded = _bounded(self._steps[1])
+        for paths in zip(*groups, strict=True):  # a member after the other: they share a scale
+            for path, group in zip(paths, groups, strict=True):
+                if self._format(path).tensor_bound is not None and bounded:
+                    self._reach_all(path, group)
+            self._met(paths, calibrated, self._steps[1])
+        for group in groups:
+            self._share_reach(group)
+
+    def _reach_all(self, path: str, group: tuple[str, ...]) -> None:
+        """One tensor scale for all that share it."""
+        shared = alike(self._job, group, path)
+        most = [jnp.max(jnp.abs(self._linears[p].weight)) for p in shared]
+        reach = jnp.max(jnp.stack(most)).astype(jnp.float32)
+        if (whole := fused_amax(self._job, path)) is not None:
+            reach = jnp.asarray(whole)
+        self._linears[path] = self._linears[path]._replace(tensor_amax=reach)
+
+    def _share_reach(self, group: tuple[str, ...]) -> None:
         for path in group:
             reach = [self._linears[p].tensor_amax for p in alike(self._job, group, path)]
             known = [amax for amax in reach if amax is not None]
@@ -224,20 +233,23 @@ class Search:
                 most = jnp.max(jnp.stack(known))  # the same again for the next of them
                 self._linears[path] = self._linears[path]._replace(tensor_amax=most)
 
-    def _finish(self, group: tuple[str, ...]) -> None:
+    def _finish(self, groups: Groups) -> None:
         """What comes last, when scales are settled."""
         steps = self._job.config.steps
         if any(ALGORITHMS[step.method].finish for step in steps):
-            for path in group:
-                self._met(path, partial(finished, fmt=self._format(path), steps=steps))
+            self._met([path for group in groups for path in group], finished, steps)
 
-    def _met(self, path: str, change: Callable[[Linear, InputStats], Linear]) -> None:
-        """Change a linear with the statistics of inputs that were scaled, by it or before it."""
-        linear = self._linears[path]
-        kept = linear.pre_quant_scale
-        linear = linear._replace(pre_quant_scale=self._factors.get(path, kept))
-        found = change(linear, dict(self._inputs.get(path, {})))
-        self._linears[path] = found._replace(pre_quant_scale=kept)
+    def _met(self, paths: Iterable[str], run: Callable[..., Linear], steps: Steps) -> None:
+        """Change linears with the statistics of inputs that were scaled, by them or before them."""
+        asked, kept = {}, {}
+        for path in paths:
+            linear = self._linears[path]
+            kept[path] = linear.pre_quant_scale
+            scale = self._factors.get(path, kept[path])
+            stats = dict(self._inputs.get(path, {}))
+            asked[path] = Asked(linear._replace(pre_quant_scale=scale), stats, steps)
+        for path, found in each(self._job, run, asked):
+            self._linears[path] = found._replace(pre_quant_scale=kept[path])
 
     def _fold_norms(self) -> Iterator[Named]:
         """Move factors into the norm before; yields its gain and bias."""

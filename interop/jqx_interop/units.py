@@ -17,10 +17,12 @@ from jqx.calibration import kv_scale
 
 from .attentions import Attention
 from .checkpoints import DTYPES, ShardWriter
+from .experts import linears_of_experts
 from .job import Job
 from .runner import BlockStats
 from .searched import Facts, Search
 from .sources import DecodedCheckpoint
+from .together import bunched
 from .weights import Groups, checked_amax, encode_group, linear_groups, read_tensor
 
 Record = Callable[[dict[str, Any]], None]
@@ -89,15 +91,23 @@ class Finisher:
         groups, others = self._parts(unit)
         if not self._job.searches:
             yield from ((self._encode, group) for group in groups)
-        elif self._job.folds.norms or self._job.folds.rows:
-            search = Search(self._job, groups, {})
-            changed = set(search.changes())
-            others = [name for name in others if name not in changed]
-            if groups:
-                yield self._search, groups
         else:
-            yield from ((self._search, [group]) for group in groups)
+            bunches = list(bunched(self._job, groups))
+            if self._job.folds.norms or self._job.folds.rows:
+                bunches, changed = self._folded(bunches)
+                others = [name for name in others if name not in changed]
+            yield from ((self._search, bunch) for bunch in bunches)
         yield from ((self._copy, name) for name in others)
+
+    def _folded(self, bunches: list[Groups]) -> tuple[list[Groups], set[str]]:
+        """All that factors may move between in one piece, and experts, which have no part in that,
+        in their own; and the tensors that change besides.
+        """
+        experts = linears_of_experts(self._job.spec)
+        own = [bunch for bunch in bunches if bunch[0][0] in experts]
+        rest = [group for bunch in bunches if bunch[0][0] not in experts for group in bunch]
+        changed = set(Search(self._job, rest, {}).changes())
+        return [rest, *own] if rest else own, changed
 
     def _parts(self, unit: int) -> tuple[Groups, list[str]]:
         """The groups of linears of a unit, and the tensors that are copied unless something is

@@ -9,3 +9,5 @@ from .linear import stored as stored
 from .table import ALGORITHMS as ALGORITHMS
 from .turns import calibrated as calibrated
 from .turns import finished as finished
+from .turns import lanes_for as lanes_for
+from .turns import of_each as of_each

@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float32, Int32
 
 from jqx.errors import InputError
@@ -30,6 +31,7 @@ from .weighted import weighted_amax
 SCALES = ("plain", "weighted")
 MOST_DAMPING = 1e3
 """Damping, in mean diagonals, at which a Gram matrix counts as of no use."""
+LEAF = 64  # rows of a triangle that is inverted at once
 
 _Nearest = Callable[[Float32[Array, "n"], Int32[Array, ""]], Float32[Array, "n"]]
 
@@ -100,6 +102,7 @@ def check_gram(stats: Mapping[str, Any]) -> None:
             raise InputError(f"the second moments of the inputs ({kind}) are all zero")
 
 
+@sequential_vmap
 def inverse_root(
     h: Float32[Array, "k k"], damping: float
 ) -> tuple[Float32[Array, "k k"], Float32[Array, ""]]:
@@ -107,7 +110,8 @@ def inverse_root(
     identity and infinity where none up to `MOST_DAMPING` was enough.
 
     With rows and columns in reverse order the root of h is a lower one, and its inverse is U in
-    reverse order: one factorization and one triangular inverse.
+    reverse order: one factorization and one triangular inverse. Under `vmap` one matrix is done
+    after the other: on a CPU factorizations of several wait for threads that wait for them.
     """
     turned, eye = h[::-1, ::-1], jnp.eye(h.shape[0], dtype=jnp.float32)
 
@@ -118,9 +122,24 @@ def inverse_root(
         return ~jnp.all(jnp.isfinite(state[1])) & (state[0] < MOST_DAMPING)
 
     d, lower = lax.while_loop(failed, lambda s: root(10 * s[0]), root(jnp.float32(damping)))
-    inverse = lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+    inverse = _inverse(lower)
     found = jnp.all(jnp.isfinite(inverse))
     return jnp.where(found, inverse[::-1, ::-1], eye), jnp.where(found, d, jnp.float32(jnp.inf))
+
+
+def _inverse(lower: Float32[Array, "k k"]) -> Float32[Array, "k k"]:
+    """The inverse of a lower triangular matrix by halves, so that most of it is products: half the
+    time of solving for it.
+    """
+    k = lower.shape[0]
+    if k <= LEAF:
+        eye = jnp.eye(k, dtype=jnp.float32)
+        return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+    m = -(-k // 2 // LEAF) * LEAF
+    first, last = _inverse(lower[:m, :m]), _inverse(lower[m:, m:])
+    below = jnp.matmul(lower[m:, :m], first, precision=HIGHEST)
+    below = -jnp.matmul(last, below, precision=HIGHEST)
+    return jnp.block([[first, jnp.zeros((m, k - m), jnp.float32)], [below, last]])
 
 
 def _with_scales(linear: Linear, fmt: Format, stats: InputStats, params: Gptq) -> Linear:

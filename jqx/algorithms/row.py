@@ -24,6 +24,8 @@ class AlgorithmRow:
     what it chooses is the scale of inputs that is stored. `bounded`: whether it searches scales of
     blocks below a tensor scale that linears with one input share from the start.
     `finish`: what comes after all steps, once everything is settled that linears share.
+    `small_loops`: whether most of it is loops of small operations, which a few linears side by side
+    fill better.
     `parts`: the steps that it is, one after the other, where it is several.
     `variant`: the row of VARIANTS for what it leaves beside codes and scales. `products`: about as
     many products of the weight with all second moments is its work. `about`: one line for people.
@@ -37,6 +39,7 @@ class AlgorithmRow:
     applies: Callable[[Format, Any], bool] = lambda fmt, params: True
     of_inputs: bool = False
     bounded: bool = False
+    small_loops: bool = False
     finish: Run | None = None
     variant: str | None = None
     products: int = 0

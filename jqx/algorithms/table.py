@@ -171,6 +171,7 @@ ALGORITHMS = {
             about="rounds column by column; later columns make up for what earlier ones lost",
             needs=lambda fmt, params: ("gram",),
             bounded=True,
+            small_loops=True,
         ),
         AlgorithmRow(
             name="svdquant",
