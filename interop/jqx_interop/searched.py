@@ -75,13 +75,16 @@ class Search:
                     q = self._finished(path)[1]
                     yield path, q.replace(input_format=self._job.choices[path].input)
 
-    def alone(self) -> Iterator[tuple[str, Linear]]:
-        """All linears as if each were the only one, before their codes: nothing is shared or
-        folded.
+    def alone(self, *, unify: bool = False) -> Iterator[tuple[str, Linear]]:
+        """All linears as if each were the only one, before their codes: nothing is folded, and
+        nothing shared but, with `unify`, scales of those that read one input and have no factors.
         """
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             for group in self._groups:
-                self._calibrate(group, shared=False)
+                together = unify and not any(path in self._job.scaled for path in group)
+                self._calibrate(group, shared=together)
+                if together:
+                    self._unify(group)
                 for path in group:
                     yield path, self._linears.pop(path)
 
