@@ -18,6 +18,8 @@ from jqx_interop.checkpoints import open_checkpoint
 from jqx_interop.families import spec_from_config
 from jqx_interop.unfused import unfused
 
+OTHER = -1  # beside the numbers of blocks, experts as they are not in the model
+
 
 def inner_of(each, gate, up):
     """What lies between the linears of an expert."""
@@ -116,7 +118,7 @@ class WholeMixture:
             if added is not None:
                 total = total + added[i]
             if kind is not None and kind[0] == i:
-                total = self.sums(i, front.given, trees["other"], kind[1])[0]
+                total = self.sums(i, front.given, trees[OTHER], kind[1])[0]
             h = models.combine(self.spec, row, own, front, total)
         return models.decoder.head(self.spec, self.params, h), read
 
@@ -133,31 +135,58 @@ class WholeMixture:
             h = models.block(self.spec, row, own, h, positions)
         return found
 
-    def gradient_scores(self, kind):
-        """By block: the sum of (gradient * change)^2 over all batches."""
-        others = {i: self.stored(i, kind) for i in self.mixtures}
-        changes = jax.jit(self.changes, static_argnames=("kind",))
+    def gradients(self, loss):
+        """By batch: the gradients of `loss` of log probabilities and ids to the sums, by block."""
         zeros = jnp.zeros((self.ids[0].size, self.spec.hidden), jnp.float32)
 
         @jax.jit
         @jax.grad
         def gradient(added, ids):
-            log_p = jax.nn.log_softmax(self.logits(ids, self.plain, added)[0])
+            return loss(jax.nn.log_softmax(self.logits(ids, self.plain, added)[0]), ids)
+
+        return [gradient(dict.fromkeys(self.mixtures, zeros), ids) for ids in self.ids]
+
+    def all_changes(self, kind):
+        """By batch: what becomes different in the sums, by block."""
+        others = {i: self.stored(i, kind) for i in self.mixtures}
+        changes = jax.jit(self.changes, static_argnames=("kind",))
+        return [changes(ids, others, kind=kind) for ids in self.ids]
+
+    def gradient_scores(self, kind):
+        """By block: the sum of (gradient * change)^2 over all batches."""
+
+        def entropy(log_p, ids):
             return -jnp.mean(jnp.take_along_axis(log_p[:, :-1], ids[:, 1:, None], -1))
 
         scores = dict.fromkeys(self.mixtures, 0.0)
-        for ids in self.ids:
-            g = gradient(dict.fromkeys(self.mixtures, zeros), ids)
-            change = changes(ids, others, kind=kind)
+        for g, change in zip(self.gradients(entropy), self.all_changes(kind), strict=True):
             for i in self.mixtures:
                 scores[i] += float(jnp.sum(jnp.square(g[i] * change[i])))
+        return scores
+
+    def fisher_scores(self, kind, signs, window):
+        """By block: half the sum of squares of sums over windows of tokens, for the words' `signs`,
+        a function of how many there are.
+        """
+
+        def drawn(log_p, ids):
+            log_p = log_p[:, :-1]
+            fixed = jax.lax.stop_gradient(jnp.exp(log_p / 2))
+            return jnp.sum(fixed * log_p * signs(log_p.shape[-1])[None])
+
+        scores = dict.fromkeys(self.mixtures, 0.0)
+        for g, change in zip(self.gradients(drawn), self.all_changes(kind), strict=True):
+            for i in self.mixtures:
+                tokens = np.sum(np.asarray(g[i] * change[i]), axis=-1).reshape(self.ids[0].shape)
+                for at in range(0, tokens.shape[1], window):
+                    scores[i] += float(np.sum(tokens[:, at : at + window].sum(1) ** 2)) / 2
         return scores
 
     def divergences(self, kind):
         """By block: the sum of KL over all tokens, with the experts of that block rounded."""
         scores = dict.fromkeys(self.mixtures, 0.0)
         for i in self.mixtures:
-            trees = {**self.plain, "other": self.stored(i, kind)}
+            trees = {**self.plain, OTHER: self.stored(i, kind)}
             for ids in self.ids:
                 p = jax.nn.log_softmax(self.run(ids, self.plain)[0])
                 q = jax.nn.log_softmax(self.run(ids, trees, kind=(i, kind))[0])
