@@ -171,7 +171,7 @@ def block_scores(
     own = [jnp.zeros(zero.shape, zero.dtype) for _ in changes or ()]
     run = tapped(partial(_tapped, program, reduce, [*(changes or {}).values()]), outputs, reduce)
     stacks = params if changes else {}  # beside those that are followed to their products
-    _, back = jax.vjp(lambda taps, own, h: run(params, taps, h, stacks, own), taps, own, h)
+    _, back = jax.vjp(lambda taps, own, h: run(params, taps, h, (stacks, own)), taps, own, h)
     found, of_experts, to_states = back(g.astype(h.dtype))
     given = {p: dict(zip(row, found[f"{p}.weight"], strict=True)) for p, row in mine.items()}
     if changes:
@@ -179,18 +179,20 @@ def block_scores(
     return to_states, given
 
 
-def _tapped(  # noqa: PLR0913  what is static, then what is not
+def _tapped(
     program: Program,
     reduce: Reduce,
     changes: list[Array],
     params: Any,
     h: Array,
-    stacks: Any,
-    taps: list[Array],
+    given: tuple[Any, list[Array]],
 ) -> Array:
-    """`_block` with a tap at the sums of its experts, if there are changes of them."""
+    """`_block` with a tap at the sums of its experts, if there are changes of them: `given` are the
+    parameters of experts, and a tap for every change.
+    """
     if not changes:
         return _block(program, params, h)
+    stacks, taps = given
     return _mixture(program, params, h, stacks, lambda y: tap(reduce, y, changes, taps))
 
 
