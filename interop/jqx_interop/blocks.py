@@ -16,7 +16,7 @@ from jqx.models import (
     kinds,
 )
 from jqx.tensors.paths import unflatten
-from jqx.tensors.stacks import member_name, stacked
+from jqx.tensors.stacks import EACH, member_name, stacked
 
 from .compressing import compressed
 from .job import Job
@@ -44,12 +44,16 @@ def load_front(job: Job, i: int, compute: Compute) -> dict[str, Any]:
 def _tree(job: Job, i: int, names: tuple[str, ...], compute: Compute) -> dict[str, Any]:
     assert job.spec is not None
     prefix = block_prefix(job.spec, i) + "."
-    leaves: dict[str, Any] = dict(compressed(job, names)) if job.settings.low_memory else {}
-    for name in names:
-        if name not in leaves:
-            leaves[name] = read_leaf(job, name, compute)
-    inside = {name.removeprefix(prefix): leaf for name, leaf in leaves.items()}
-    return unflatten(stacked(inside, block_leaf_shapes(job.spec, kinds(job.spec)[i])))
+    stored: dict[str, Any] = dict(compressed(job, names)) if job.settings.low_memory else {}
+    inside, leaves = set(names), {}
+    for leaf, shape in block_leaf_shapes(job.spec, kinds(job.spec)[i]).items():
+        own = (member_name(leaf, e) for e in range(shape[0] if EACH in leaf else 1))
+        there = [name for name in own if prefix + name in inside]
+        # of a stack that is made its members are there twice, and those of no other
+        parts = {n: stored.pop(prefix + n, None) for n in there}
+        parts |= {n: read_leaf(job, prefix + n, compute) for n in there if parts[n] is None}
+        leaves |= stacked(parts, {leaf: shape})
+    return unflatten(leaves)
 
 
 def load_expert(job: Job, i: int, e: int, compute: Compute) -> dict[str, Any]:

@@ -138,7 +138,7 @@ class MixtureRun:
         pieces = [
             (e, at, count)
             for e, sent in enumerate(self._sent)
-            for at, count in _pieces(len(sent.tokens))
+            for at, count in pieces_of(len(sent.tokens))
         ]
         largest: dict[str, np.float32] = {}
         made = side_by_side(lambda n: self._made(*pieces[n]), len(pieces))
@@ -229,14 +229,14 @@ class MixtureRun:
 
     def _moments(self, e: int) -> dict[str, Moments]:
         """Nothing yet, by the linears that stand for the inputs of an expert."""
-        room = sum(rows_for(n) for _, n in _pieces(len(self._sent[e].tokens))) or FEWEST_ROWS
+        room = sum(rows_for(n) for _, n in pieces_of(len(self._sent[e].tokens))) or FEWEST_ROWS
         return {
             name: start(wanted_of(self._job, readers, room))
             for name, readers in self._leaders[e].items()
         }
 
 
-def _pieces(count: int) -> Iterator[tuple[int, int]]:
+def pieces_of(count: int) -> Iterator[tuple[int, int]]:
     """Where parts of so many tokens begin, and how many they are."""
     for at in range(0, count, MOST_ROWS):
         yield at, min(MOST_ROWS, count - at)

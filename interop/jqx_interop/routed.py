@@ -27,41 +27,48 @@ class Sent(NamedTuple):
     weights: Float32[np.ndarray, " n"]
 
 
-class RoutedStates:
-    """The fronts of the calls of `hidden`, one after another, and the sums of their tokens."""
+class RoutedTokens:
+    """What experts read of the tokens of some calls, one after another, and which of them."""
 
-    def __init__(self, row: Experts, hidden: HiddenStates, compute: Compute, place: Path):
-        """Large states lie in files in the folder `place`, and all if those of `hidden` do."""
-        count, rows, length, self.width = hidden.shape
-        large = 4 * count * rows * length * self.width * 4 > IN_MEMORY
-        self.row, self._folder = row, place if large or hidden.folder else None
+    def __init__(
+        self,
+        row: Experts,
+        shape: tuple[int, int, int, int],
+        real: int,
+        compute: Compute,
+        folder: Path | None,
+    ):
+        """`shape`: calls, rows, tokens, width; `real`: how many rows are data; states lie in files
+        in `folder`, in memory where None.
+        """
+        count, rows, length, self.width = shape
+        self.row, self._folder, self._files = row, folder, list[Path]()
         self._call, self._size, self._tokens = (rows, length), rows * length, count * rows * length
-        self.real, self._length = hidden.real * length, length
-        carrier = np.dtype(compute.carrier)
-        self._h, self._x = self._states("h", carrier), self._states("x", carrier)
-        self._beside = None if row.shared is None else self._states("beside", carrier)
-        self.total = self._states("total", np.dtype(np.float32))
+        self.real, self._length = real * length, length
+        self._x = self.states("x", np.dtype(compute.carrier))
         self._ids = np.zeros((self._tokens, row.top_k), np.int32)
         self._weights = np.zeros(self._ids.shape, np.float32)
 
-    def _states(self, name: str, dtype: np.dtype) -> Float[np.ndarray, "t k"]:
+    def states(self, name: str, dtype: np.dtype) -> Float[np.ndarray, "t k"]:
+        """Zeros for every token, in the file experts-NAME.bin if states lie in files."""
         shape = (self._tokens, self.width)
         if self._folder is None:
             return np.zeros(shape, dtype)
         path = self._folder / f"experts-{name}.bin"
         with open(path, "wb") as file:  # a mapping that meets a full disk kills the process
             allocate(file.fileno(), int(np.prod(shape)) * dtype.itemsize)
+        self._files.append(path)
         return np.memmap(path, dtype, "r+", shape=shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
-    def put(self, n: int, front: Front) -> None:
-        """Keep what was found of call `n`."""
-        at, given = slice(n * self._size, (n + 1) * self._size), front.given
-        self._h[at] = np.asarray(front.h).reshape(self._size, -1)
+    def at(self, n: int) -> slice:
+        """The tokens of call `n`."""
+        return slice(n * self._size, (n + 1) * self._size)
+
+    def take(self, n: int, given: Routed) -> None:
+        """Keep what experts read in call `n`."""
+        at = self.at(n)
         self._x[at], self._ids[at] = np.asarray(given.x), np.asarray(given.ids)
         self._weights[at] = np.asarray(given.weights, np.float32)
-        if self._beside is not None:
-            assert front.beside is not None
-            self._beside[at] = np.asarray(front.beside).reshape(self._size, -1)
 
     def sent(self) -> list[Sent]:
         """What is sent to every expert, in the order of tokens."""
@@ -94,10 +101,30 @@ class RoutedStates:
 
     def close(self) -> None:
         """Remove the files."""
-        if self._folder is None:
-            return
-        for name in ("h", "x", "total", "beside"):
-            (self._folder / f"experts-{name}.bin").unlink(missing_ok=True)
+        for path in self._files:
+            path.unlink(missing_ok=True)
+
+
+class RoutedStates(RoutedTokens):
+    """The fronts of the calls of `hidden`, one after another, and the sums of their tokens."""
+
+    def __init__(self, row: Experts, hidden: HiddenStates, compute: Compute, place: Path):
+        """Large states lie in files in the folder `place`, and all if those of `hidden` do."""
+        large = 4 * int(np.prod(hidden.shape)) * 4 > IN_MEMORY
+        folder = place if large or hidden.folder else None
+        super().__init__(row, hidden.shape, hidden.real, compute, folder)
+        carrier = np.dtype(compute.carrier)
+        self._h = self.states("h", carrier)
+        self._beside = None if row.shared is None else self.states("beside", carrier)
+        self.total = self.states("total", np.dtype(np.float32))
+
+    def put(self, n: int, front: Front) -> None:
+        """Keep what was found of call `n`."""
+        self._h[self.at(n)] = np.asarray(front.h).reshape(self._size, -1)
+        self.take(n, front.given)
+        if self._beside is not None:
+            assert front.beside is not None
+            self._beside[self.at(n)] = np.asarray(front.beside).reshape(self._size, -1)
 
     def settle(self) -> None:
         """Sums are complete: the rows that the last call repeats have those of the last one."""
@@ -108,7 +135,7 @@ class RoutedStates:
 
     def front(self, n: int) -> tuple[Front, Float32[np.ndarray, "t k"]]:
         """What was put of call `n`, and its sums."""
-        at, shape = slice(n * self._size, (n + 1) * self._size), (*self._call, self.width)
+        at, shape = self.at(n), (*self._call, self.width)
         given = Routed(*(jnp.asarray(a[at]) for a in (self._x, self._ids, self._weights)))
         beside = None if self._beside is None else jnp.asarray(self._beside[at].reshape(shape))
         h = jnp.asarray(self._h[at].reshape(shape))

@@ -7,6 +7,7 @@ STATS/stats.json           which linears read which input, and digests of model 
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,16 @@ class SavedStats:
 
     def of_unit(self, unit: int) -> tuple[BlockStats, dict[str, Any]]:
         """The statistics of the linears in one unit."""
-        job, inside = self._job, set(self._job.inventory.units[unit])
+        job, inputs = self._job, self.inputs_of(self._job.inventory.units[unit])
+        kv = {}
+        for attention in job.attentions if job.needs_kv else ():
+            if attention.unit == unit:
+                kv = {f"{attention.path}.{n}": self._kv(f"{attention.path}.{n}") for n in "kv"}
+        return BlockStats(inputs=inputs, kv=kv, **self._of_experts(unit)), {}
+
+    def inputs_of(self, tensors: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The statistics of the linears whose weights are among `tensors`."""
+        job, inside = self._job, set(tensors)
         inputs: dict[str, dict[str, Any]] = {}
         known: dict[str, Any] = {}
         for path in job.choices:
@@ -122,11 +132,7 @@ class SavedStats:
                 if name is not None and name not in known:
                     known[name] = self._read(name)
             inputs[path] = {n.rpartition("|")[2]: known[n] for n in names if n is not None}
-        kv = {}
-        for attention in job.attentions if job.needs_kv else ():
-            if attention.unit == unit:
-                kv = {f"{attention.path}.{n}": self._kv(f"{attention.path}.{n}") for n in "kv"}
-        return BlockStats(inputs=inputs, kv=kv, **self._of_experts(unit)), {}
+        return inputs
 
     def _of_experts(self, unit: int) -> dict[str, Any]:
         """What was told of the experts of a unit when they were run, and what each was sent."""

@@ -82,13 +82,16 @@ class Search:
                 q = self._finished(path)[1]
                 yield path, q.replace(input_format=self._job.choices[path].input)
 
-    def alone(self) -> Iterator[tuple[str, Linear]]:
-        """All linears as if each were the only one, before their codes: nothing is shared or
-        folded.
+    def alone(self, *, unify: bool = False) -> Iterator[tuple[str, Linear]]:
+        """All linears as if each were the only one, before their codes: nothing is folded, and
+        nothing shared but, with `unify`, scales of those that read one input and have no factors.
         """
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             for groups in self._groups:
-                self._calibrate(groups, shared=False)
+                together = unify and not any(p in self._job.scaled for g in groups for p in g)
+                self._calibrate(groups, shared=together)
+                for group in groups if together else ():
+                    self._unify(group)
                 for path in (path for group in groups for path in group):
                     yield path, self._linears.pop(path)
 

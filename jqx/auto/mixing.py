@@ -57,7 +57,7 @@ def mixed(
         used[name], choice = by_name[name], by_name[name].choices[path]
         glob = f"={path}" if globs is None else globs[path]
         rules.append(Rule(path_glob=glob, weight=choice.weight, input=choice.input, kind="linear"))
-    return QuantConfig(rules=tuple(rules), algorithm=_steps(used.values()))
+    return QuantConfig(rules=tuple(dict.fromkeys(rules)), algorithm=_steps(used.values()))
 
 
 def _steps(candidates: Iterable[Mixable]) -> tuple[Algorithm, ...] | str:

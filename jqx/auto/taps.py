@@ -48,7 +48,7 @@ def tapped(
             return None
         y = met.apply(met.x, met.w)
         changes = [lax.stop_gradient(out(met) - y) for out in outputs[met.use.path]]
-        return _tap(partial(_outputs_last, reduce, _first(met, y)), y, changes, list(taps))
+        return tap(partial(_outputs_last, reduce, _first(met, y)), y, changes, list(taps))
 
     def run(params: Any, taps: Taps, *args: Any) -> Any:
         walk = Walk(PRIMITIVES, Acts(change=change), beside=taps)
@@ -76,7 +76,10 @@ def _outputs_last(reduce: Reduce, first: int, g: Array, change: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(reduce: Reduce, y: Array, changes: list[Array], taps: list[Array]) -> Array:
+def tap(reduce: Reduce, y: Array, changes: list[Array], taps: list[Array]) -> Array:
+    """`y`, where the derivative with respect to each of `taps` is `reduce` of the gradient to `y`
+    and one of `changes`.
+    """
     return y
 
 
@@ -91,4 +94,4 @@ def _backward(reduce: Reduce, changes: list[Array], g: Array) -> tuple[Any, ...]
     return g, nothing, [reduce(g, d) for d in changes]
 
 
-_tap.defvjp(_forward, _backward)
+tap.defvjp(_forward, _backward)

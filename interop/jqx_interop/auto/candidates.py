@@ -41,8 +41,7 @@ def groups_of(
     siblings = {path: group for group in job.inventory.siblings for path in group}
     found: dict[object, list[str]] = {}
     for path in linears:
-        expert = next((m["module"] for p in EXPERTS if (m := p.fullmatch(path))), None)
-        found.setdefault(expert or siblings.get(path, (path,)), []).append(path)
+        found.setdefault(_module(path) or siblings.get(path, (path,)), []).append(path)
     off = _matching(disabled, [*linears, *job.inventory.absent])
     inside = {name for i in job.inventory.blocks for name in job.inventory.units[i]}
     chosen = [set(candidate.choices) for candidate in candidates]
@@ -52,6 +51,11 @@ def groups_of(
         return in_block and path not in off and all(path in choices for choices in chosen)
 
     return [tuple(paths) for paths in found.values() if all(map(open_to_choice, paths))]
+
+
+def _module(path: str) -> str | None:
+    """What an expert is below."""
+    return next((m["module"] for p in EXPERTS if (m := p.fullmatch(path))), None)
 
 
 def _matching(globs: Sequence[str], linears: Sequence[str]) -> set[str]:
@@ -72,4 +76,18 @@ def composed(name: str, candidates: Sequence[Candidate], choices: Mapping[str, s
     given = (
         Mixable(name=c.name, choices=c.job.choices, steps=c.job.config.steps) for c in candidates
     )
-    return Recipe(name=name, config=mixed(given, choices))
+    return Recipe(name=name, config=mixed(given, choices, _globs(candidates, choices)))
+
+
+def _globs(candidates: Sequence[Candidate], choices: Mapping[str, str]) -> dict[str, str]:
+    """Linear -> what a rule says for it: one glob for all experts of a module that are alike, of
+    which there may be thousands.
+    """
+    jobs = {c.name: c.job for c in candidates}
+    alike: dict[str, set[object]] = {}
+    for path, name in choices.items():
+        if name in jobs and (module := _module(path)) is not None:
+            alike.setdefault(module, set()).add(jobs[name].choices[path])
+    whole = {module for module, kinds in alike.items() if module.endswith(".experts")}
+    whole = {module for module in whole if len(alike[module]) == 1}
+    return {p: f"={m}.*" if (m := _module(p)) in whole else f"={p}" for p in choices}

@@ -16,8 +16,9 @@ from jqx.auto.sensitivity import Scores
 from jqx_interop.checkpoints import Workspace
 from jqx_interop.progress import Progress
 
+from .changes import Changes
 from .passes import Passes, Task
-from .scoring import head_divergence, run_block
+from .scoring import EXPERTS, head_divergence, run_block
 from .states import States
 
 WAVE_BYTES = 2 << 30
@@ -81,17 +82,22 @@ class _Forks(Passes):
         for i in range(self.blocks):
             params, program = self.params(i), self.program(i)
             linears = {c.name: self.linears(c, i) for c in self.task.candidates}
-            leaving = [(m, linears[name]) for m in self.groups_of(i).values() for name in linears]
+            leaving = [(m, name) for m in self.groups_of(i).values() for name in linears]
+            changes = Changes(self, i, self.calls(w), params)
             for at, n in enumerate(self.calls(w)):
                 for s in range(begun):
                     h = run_block(params, jnp.asarray(self._forks.get(s, at)), program=program)
                     self._forks.put(s, at, np.asarray(h))
-                before = jnp.asarray(self.states.get(i, n))
-                for s, (members, found) in enumerate(leaving):
-                    mine = {member: found[member] for member in members}
-                    h = run_block(params, before, mine, program=program)
+                before, own = jnp.asarray(self.states.get(i, n)), changes.of(at) or {}
+                for s, (members, name) in enumerate(leaving):
+                    if members == (EXPERTS,):
+                        h = run_block(params, before, None, own[name], program=program)
+                    else:
+                        mine = {member: linears[name][member] for member in members}
+                        h = run_block(params, before, mine, program=program)
                     self._forks.put(begun + s, at, np.asarray(h))
                 progress.advance(1)
+            changes.close()
             begun += len(leaving)
         return self._heads(self.calls(w), progress)
 

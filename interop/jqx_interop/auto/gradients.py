@@ -14,6 +14,7 @@ from jqx.errors import InputError
 from jqx_interop.checkpoints import Workspace
 from jqx_interop.progress import Progress
 
+from .changes import Changes
 from .passes import Passes, Task
 from .scoring import block_scores, head_draw, head_gradient
 
@@ -116,10 +117,12 @@ class _Backward(Passes):
         linears = {c.name: self.linears(c, i) for c in self.task.candidates}
         combine, groups = COMBINE[self.task.method], self.groups_of(i)
         sums: Scores = {group: dict.fromkeys(linears, 0.0) for group in groups}
+        changes = Changes(self, i, range(self.count), params)
         for n in range(self.count * self.draws):
             h, g = self.states.get(i, n % self.count), self._gradients.get((i + 1) % 2, n)
+            own = changes.of(n % self.count)
             to_states, found = block_scores(
-                params, linears, jnp.asarray(h), jnp.asarray(g), program=program
+                params, linears, jnp.asarray(h), jnp.asarray(g), own, program=program
             )
             self._gradients.put(i % 2, n, np.asarray(to_states, np.float32))
             given = jax.device_get(found)
@@ -128,5 +131,6 @@ class _Backward(Passes):
                     together = combine([given[m][name] for m in members])
                     sums[group][name] += together / self.draws
             progress.advance(1)
+        changes.close()
         self._gradients.flush()
         return sums

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data on their way forward through the blocks, and what linears of a block would be."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from jqx_interop.chain import rows_per_call, used_rows
 from jqx_interop.data import CalibrationSet
 from jqx_interop.device import compute_of
 from jqx_interop.evaluation.passes import chunk_of
+from jqx_interop.experts import linears_of_experts
 from jqx_interop.job import Job
 from jqx_interop.progress import Progress
 from jqx_interop.saved_stats import SavedStats
@@ -36,7 +37,7 @@ from jqx_interop.searched import Search
 from jqx_interop.weights import linear_groups, read_tensor, read_weight
 
 from .candidates import Candidate
-from .scoring import Program, run_block
+from .scoring import EXPERTS, Program, run_block
 from .states import States
 
 Groups = tuple[tuple[str, ...], ...]
@@ -82,6 +83,7 @@ class Passes:
             if c.job.settings.stats is not None
         }
         self._grouped = {path for group in task.groups for path in group}
+        self._of_experts = linears_of_experts(self.spec)
 
     def file(self, name: str, turns: int, copies: int = 1, dtype: Any = None) -> States:
         """A file of `turns` times so many copies of the states of all data."""
@@ -141,28 +143,46 @@ class Passes:
 
     def linears(self, candidate: Candidate, i: int) -> dict[str, Simulated]:
         """The linears of block `i` as a candidate would have them, each by itself, by their names
-        in the block.
+        in the block; not those of experts.
         """
-        job, prefix = candidate.job, block_prefix(self.spec, i) + "."
-        unit = job.inventory.blocks[i]
-        saved = self._saved.get(candidate.name)
-        inputs = {} if saved is None else saved.of_unit(unit)[0].inputs
-        groups = linear_groups(job, job.inventory.units[unit])
+        prefix = block_prefix(self.spec, i) + "."
+        inside = self.job.inventory.units[self.job.inventory.blocks[i]]
+        names = [n for n in inside if n.removesuffix(".weight") not in self._of_experts]
+        found = self._simulated(candidate, names)
+        return {path.removeprefix(prefix): row for path, row in found}
+
+    def of_expert(self, candidate: Candidate, own: Mapping[str, str]) -> dict[str, Simulated]:
+        """The linears of one expert, name -> path, as a candidate would have them: those that read
+        one input share scales, as engines have it.
+        """
+        found = dict(self._simulated(candidate, [f"{p}.weight" for p in own.values()], unify=True))
+        return {name: found[path] for name, path in own.items()}
+
+    def _simulated(
+        self, candidate: Candidate, names: Sequence[str], *, unify: bool = False
+    ) -> Iterator[tuple[str, Simulated]]:
+        """The linears that choose among the tensors `names`."""
+        job, saved = candidate.job, self._saved.get(candidate.name)
+        inputs = {} if saved is None else saved.inputs_of(names)
+        groups = linear_groups(job, names)
         mine = [tuple(p for p in group if p in self._grouped) for group in groups]
-        found = {}
-        for path, linear in Search(job, [group for group in mine if group], inputs).alone():
+        search = Search(job, [group for group in mine if group], inputs)
+        for path, linear in search.alone(unify=unify):
             choice = job.choices[path]
-            fmt, name = find_format(choice.weight or ""), path.removeprefix(prefix)
             weight = jnp.asarray(read_weight(job, path))
-            found[name] = jax.block_until_ready(Simulated.of(linear, fmt, choice.input, weight))
+            fmt = find_format(choice.weight or "")
+            yield path, jax.block_until_ready(Simulated.of(linear, fmt, choice.input, weight))
             job.checkpoint.release(f"{path}.weight")
-        return found
 
     def groups_of(self, i: int) -> dict[str, tuple[str, ...]]:
-        """The groups of block `i`, by their names, with their members as the block calls them."""
+        """The groups of block `i`, by their names, with their members as the block calls them;
+        EXPERTS where those are experts.
+        """
         prefix = block_prefix(self.spec, i) + "."
         return {
-            group[0]: tuple(path.removeprefix(prefix) for path in group)
+            group[0]: (EXPERTS,)
+            if group[0] in self._of_experts
+            else tuple(path.removeprefix(prefix) for path in group)
             for group in self.task.groups
             if group[0].startswith(prefix)
         }

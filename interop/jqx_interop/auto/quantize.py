@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """auto_quantize: scores, a choice, and the checkpoint that it gives."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from jqx.auto import NONE, Weighting
 from jqx.auto.keywords import COST_MODELS
 from jqx.errors import InputError, nearest
 from jqx.recipes import Recipe
-from jqx_interop.job import prepare
+from jqx_interop.job import Job, prepare
 from jqx_interop.pipeline import Inputs, run
 from jqx_interop.progress import Progress, Silent
 from jqx_interop.report import Report
@@ -61,13 +59,13 @@ def auto_quantize(
     given, progress = settings or Settings(), progress or Silent()
     scoring = Scoring(recipes=asked.formats, method=asked.method, disabled=asked.disabled)
     found = scored(model, scoring, asked.scores, given, progress)
-    weighting = _weighting(asked, found.candidates[0].job.checkpoint.config)
+    weighting = _weighting(asked, found.candidates[0].job)
     choice = chosen(found, replace(asked.limit, weighting=weighting))
     write_curve(choice, found.method, Path(asked.scores))
     return choice, _export(model, out, choice, found, (given, progress))
 
 
-def _weighting(asked: AutoSettings, config: Mapping[str, Any]) -> Weighting:
+def _weighting(asked: AutoSettings, job: Job) -> Weighting:
     """How much weights count. Raises InputError for another cost model, and for a share of experts
     that is not known, or not asked for.
     """
@@ -75,7 +73,7 @@ def _weighting(asked: AutoSettings, config: Mapping[str, Any]) -> Weighting:
         raise nearest(asked.cost_model, COST_MODELS, "cost model")
     ratio = asked.expert_ratio
     if asked.cost_model == "active_moe":
-        ratio = active_ratio(config) if ratio is None else ratio
+        ratio = active_ratio(job.checkpoint.config, job.spec) if ratio is None else ratio
     elif ratio is not None:
         raise InputError("a share of experts is given, and all weights count: --cost-model weight")
     return Weighting(experts=1.0 if ratio is None else ratio, excluded=asked.excluded)

@@ -18,7 +18,6 @@ from jqx_interop.calibrate import joined
 from jqx_interop.checkpoints import Workspace, digest
 from jqx_interop.data import CalibrationSet
 from jqx_interop.device import compute_of
-from jqx_interop.experts import linears_of_experts
 from jqx_interop.job import Job, prepare
 from jqx_interop.pipeline import load_inputs
 from jqx_interop.progress import Progress
@@ -85,17 +84,13 @@ def scored(
         raise InputError("no formats are given: name those that linears may take (--formats)")
     recipes, settings = _with_options(scoring.recipes, settings)
     folder = Path(folder)
+    settings = replace(settings, fuse_experts=False)  # in mixtures each has scales of its own
     plans = [prepare(model, recipe, settings) for recipe in recipes]
     base = joined(plans)
     if base.spec is None:
         raise InputError(
             f"{base.checkpoint.path}: scores need the model, and model_type "
             f"{base.checkpoint.config.get('model_type')!r} is not defined here"
-        )
-    if linears_of_experts(base.spec):
-        raise InputError(
-            f"model_type {base.spec.family!r} has experts, and formats of experts are not chosen "
-            "by scores yet: give them one format (jqx quantize)"
         )
     groups = tuple(groups_of(base, plans, scoring.disabled))
     check_mix(plans, groups)

@@ -5,6 +5,9 @@
     fisher     (sum of g * D)^2 / 2          D = Q(x) Q(W)^T - x W^T
     kl         sum of KL(p || p') a token    p' of the model with one group of linears as Q has it
 
+The experts of a block are one linear to the first two: its outputs are the sums of what all of them
+make of a token, and D what those become where every expert is quantized.
+
 The loss of "gradient" is the cross entropy of the text's next tokens, the mean of a batch (ModelOpt
 0.47, auto_quantize). That of "fisher" is, with signs s drawn for every word v of the vocabulary at
 every place,
@@ -25,15 +28,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jqx.auto.sensitivity import WINDOW, squares
 from jqx.auto.simulated import Simulated, simulated
-from jqx.auto.taps import tapped
-from jqx.models import BlockKind, Compute, ModelSpec, block, head
+from jqx.auto.taps import Reduce, tap, tapped
+from jqx.models import (
+    BlockKind,
+    Compute,
+    ModelSpec,
+    Routed,
+    block,
+    combine,
+    expert,
+    expert_sums,
+    front,
+    head,
+)
 
 Linears = Mapping[str, Mapping[str, Simulated]]
 """Candidate -> linear, by its name in the block -> what it would be."""
+
+EXPERTS = "{}"
+"""What all experts of a block are called where linears are by their names in it."""
+
+Sums = Float32[Array, "rows k"]
+Given = dict[str, dict[str, Float32[Array, "..."]]]
+"""Linear, or EXPERTS -> candidate -> what it gives to a score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +72,67 @@ def run_block(
     params: Any,
     h: Float[Array, "b t k"],
     linears: Mapping[str, Simulated] | None = None,
+    change: Sums | None = None,
     *,
     program: Program,
 ) -> Float[Array, "b t k"]:
-    """The states after a block, some of whose linears are simulated."""
+    """The states after a block, some of whose linears are simulated; `change`: of the sums of its
+    experts.
+    """
+    if change is not None:
+        return _mixture(program, params, h, params, lambda total: total + change)
     run = partial(_block, program)
     if linears:
-        run = simulated(run, {f"{name}.weight": row for name, row in linears.items()})
+        run = simulated(run, _by_weight(linears))
     return run(params, h)
 
 
+def _by_weight(linears: Mapping[str, Simulated]) -> dict[str, Simulated]:
+    return {f"{name}.weight": row for name, row in linears.items()}
+
+
+def _positions(h: Array) -> Int[Array, "b t"]:
+    return jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2])
+
+
 def _block(program: Program, params: Any, h: Array) -> Array:
-    positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2])
-    return block(program.spec, program.kind, params, h, positions, program.compute)
+    return block(program.spec, program.kind, params, h, _positions(h), program.compute)
+
+
+def _mixture(
+    program: Program, params: Any, h: Array, stacks: Any, change: Callable[[Array], Array]
+) -> Array:
+    """`_block` of a block with experts, whose sums change; `stacks` has their parameters."""
+    same = program.spec, program.kind
+    found = front(*same, params, h, _positions(h), program.compute)
+    total = change(expert_sums(*same, stacks, found.given, program.compute))
+    return combine(*same, params, found, total, program.compute)
+
+
+@partial(jax.jit, static_argnames=("program",))
+def front_given(params: Any, h: Float[Array, "b t k"], *, program: Program) -> Routed:
+    """What the experts of a block read of the states before it."""
+    same = program.spec, program.kind
+    return front(*same, params, h, _positions(h), program.compute).given
+
+
+@partial(jax.jit, static_argnames=("program",))
+def expert_changes(
+    params: Any,
+    linears: Linears,
+    x: Float[Array, "r k"],
+    weights: Float32[Array, "r"],
+    real: Bool[Array, "r"],
+    *,
+    program: Program,
+) -> dict[str, Float32[Array, "r k"]]:
+    """What becomes different in what one expert adds to the sums of its rows, by candidate."""
+
+    def run(params: Any, x: Array) -> Array:
+        return expert(program.spec, program.kind, params, x, weights, real, program.compute)
+
+    y = run(params, x)
+    return {name: simulated(run, _by_weight(row))(params, x) - y for name, row in linears.items()}
 
 
 def _products(rows: int, g: Array, change: Array) -> Float32[Array, "rows windows"]:
@@ -86,24 +155,45 @@ def block_scores(
     linears: Linears,
     h: Float[Array, "b t k"],
     g: Float[Array, "b t k"],
+    changes: Mapping[str, Sums] | None = None,
     *,
     program: Program,
-) -> tuple[Float[Array, "b t k"], dict[str, dict[str, Float32[Array, "..."]]]]:
+) -> tuple[Float[Array, "b t k"], Given]:
     """The gradient to the states before a block, `g` being that to the states after it, and what
-    its linears give, by linear and candidate.
+    its linears give, by linear and candidate. `changes`: of the sums of its experts, by candidate.
     """
     rows, paths = h.shape[0], dict.fromkeys(path for row in linears.values() for path in row)
     reduce = partial(REDUCES[program.method], rows)
     mine = {p: {name: row[p] for name, row in linears.items() if p in row} for p in paths}
     outputs = {f"{p}.weight": [row.outputs for row in found.values()] for p, found in mine.items()}
-    run = tapped(partial(_block, program), outputs, reduce)
     zero = jax.eval_shape(reduce, h, h)
     taps = {p: [jnp.zeros(zero.shape, zero.dtype) for _ in row] for p, row in outputs.items()}
-    _, back = jax.vjp(lambda taps, h: run(params, taps, h), taps, h)
-    found, to_states = back(g.astype(h.dtype))
-    return to_states, {
-        p: dict(zip(row, found[f"{p}.weight"], strict=True)) for p, row in mine.items()
-    }
+    own = [jnp.zeros(zero.shape, zero.dtype) for _ in changes or ()]
+    run = tapped(partial(_tapped, program, reduce, [*(changes or {}).values()]), outputs, reduce)
+    stacks = params if changes else {}  # beside those that are followed to their products
+    _, back = jax.vjp(lambda taps, own, h: run(params, taps, h, (stacks, own)), taps, own, h)
+    found, of_experts, to_states = back(g.astype(h.dtype))
+    given = {p: dict(zip(row, found[f"{p}.weight"], strict=True)) for p, row in mine.items()}
+    if changes:
+        given[EXPERTS] = dict(zip(changes, of_experts, strict=True))
+    return to_states, given
+
+
+def _tapped(
+    program: Program,
+    reduce: Reduce,
+    changes: list[Array],
+    params: Any,
+    h: Array,
+    given: tuple[Any, list[Array]],
+) -> Array:
+    """`_block` with a tap at the sums of its experts, if there are changes of them: `given` are the
+    parameters of experts, and a tap for every change.
+    """
+    if not changes:
+        return _block(program, params, h)
+    stacks, taps = given
+    return _mixture(program, params, h, stacks, lambda y: tap(reduce, y, changes, taps))
 
 
 @partial(jax.jit, static_argnames=("program",))
