@@ -84,7 +84,8 @@ def test_a_linear_without_a_root_spoils_no_other():
     row, steps = find_format("int4_b32"), (Algorithm.of("gptq"),)
     linears, stats = members(count=4)
     stats["gram"] = stats["gram"].copy()
-    stats["gram"][1] -= 3 * np.diag(np.diagonal(stats["gram"][1]))
+    own = np.diag(np.diagonal(stats["gram"][1]))
+    stats["gram"][1] = own + 9 * (stats["gram"][1] - own)
     given = {"run": calibrated, "fmt": row, "steps": steps}
     found = of_each(linears, stats, **given, lanes=4)
     damping = np.asarray(found.facts["damping"])

@@ -104,7 +104,7 @@ def check_gram(stats: Mapping[str, Any]) -> None:
 
 @sequential_vmap
 def inverse_root(
-    h: Float32[Array, "k k"], damping: float
+    h: Float32[Array, "k k"], damping: float | Float32[Array, ""]
 ) -> tuple[Float32[Array, "k k"], Float32[Array, ""]]:
     """Upper triangular U with U^T U = (h + damping I)^-1, and the damping that it took; the
     identity and infinity where none up to `MOST_DAMPING` was enough.
