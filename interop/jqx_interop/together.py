@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jqx.algorithms import InputStats, Linear, lanes_for, of_each
@@ -94,7 +95,7 @@ def each(
                 found = of_each(*stacked, run=run, fmt=fmt, steps=steps, lanes=lanes)
             whole = jax.tree.map(np.asarray, found)
             for i, path in enumerate(dict.fromkeys(some)):
-                yield path, jax.tree.map(lambda a, i=i: a[i], whole)
+                yield path, jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), whole)
 
 
 def _outline(tree: Any) -> tuple[Any, ...]:
