@@ -99,7 +99,10 @@ def quantized(source: Path, out: Path, *options) -> str:
     return done.out
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:3]]
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], *SLOW])
 def test_batches_and_files_change_no_byte(originals, tmp_path: Path, kind: str):
     """Second moments are sums, whose last bits do change with batches; files change nothing."""
     found = {}

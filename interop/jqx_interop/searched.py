@@ -199,12 +199,18 @@ class Search:
         """The scales of the tensor that an expert's linear will be a part of."""
         if (whole := fused_amax(self._job, path)) is None:
             return
-        met = (_input_amax(self._inputs.get(p, {})) for p in self._job.fusion.members(path))
-        known = [amax for amax in met if amax is not None]
-        most = jnp.max(jnp.stack(known)) if known else None
+
+        def largest(members: tuple[str, ...]) -> np.float32 | None:
+            met = (_input_amax(self._inputs.get(member, {})) for member in members)
+            known = [float(amax) for amax in met if amax is not None]
+            return np.float32(max(known)) if known else None
+
+        most = self._job.fusion.once(path, "inputs", largest)
         field = "amax" if self._format(path).tensor_bound is None else "tensor_amax"
-        linear = self._linears[path]._replace(input_amax=most)
-        self._linears[path] = linear._replace(**{field: jnp.asarray(whole)})
+        linear = self._linears[path]._replace(**{field: jnp.asarray(whole)})
+        self._linears[path] = linear._replace(
+            input_amax=None if most is None else jnp.asarray(most)
+        )
 
     def _refine(self, groups: Groups) -> None:
         """The steps that come after inputs are scaled, with the factors that linears share."""
