@@ -31,6 +31,7 @@ from jqx.tensors import QTensor
 
 from .architecture import together_for
 from .checkpoints import Part, ShardWriter, TensorOut
+from .sources import without_description
 from .targets import Target, module_and_leaf
 
 Shape = tuple[int, ...]
@@ -188,8 +189,7 @@ def fused_again(
     in `spec`: in one tensor if `scales`, of a linear, are those of all of it. Raises InputError for
     a `config` that is not defined.
     """
-    plain = {k: v for k, v in config.items() if k != "quantization_config"}
-    together = together_for(plain, param_shapes(spec))
+    together = together_for(without_description(config), param_shapes(spec))
     found = fusion_of(together, spec, choices, target, plain=True)
     for members in found.linears.values():
         first = scales(members[0])

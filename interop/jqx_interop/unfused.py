@@ -24,6 +24,7 @@ from jqx.models.apart import Piece
 from .architecture import together_for
 from .checkpoints import Checkpoint, TensorInfo
 from .checkpoints.layout import nbytes
+from .sources import without_description
 from .sources.fused import FUSED
 
 
@@ -92,7 +93,7 @@ def stored_pieces(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) 
     headers; none for families whose experts do not, and where shapes are not theirs.
     """
     try:
-        spec = together_for(config, tensors)
+        spec = together_for(without_description(config), tensors)
     except InputError:  # an architecture that is not defined here
         return {}
     found: Pieces = {}
@@ -127,8 +128,7 @@ def stored_apart(checkpoint: Checkpoint) -> Checkpoint:
     """
     if not any(name.endswith(FUSED) for name in checkpoint.tensors):
         return checkpoint
-    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    if not (pieces := stored_pieces(config, checkpoint.tensors)):
+    if not (pieces := stored_pieces(checkpoint.config, checkpoint.tensors)):
         return checkpoint
     infos = {
         name: _info(info, name, info.shape)

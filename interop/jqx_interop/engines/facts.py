@@ -116,8 +116,7 @@ def read_facts(model: str | Path) -> Facts:
     """The facts of the checkpoint `model`. Raises InputError where there is none."""
     files = read_files(model)
     said = read_said(files.config.get("quantization_config"), files.file)
-    plain = {k: v for k, v in files.config.items() if k != "quantization_config"}
-    tensors = apart_tensors(files.tensors, stored_pieces(plain, files.tensors))
+    tensors = apart_tensors(files.tensors, stored_pieces(files.config, files.tensors))
     known = read_known(files.config, tensors)
     shapes = known.linears
     leaves, rest = _by_module(straight_infos(known.spec, tensors), shapes)
