@@ -3,6 +3,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def config_of(case: str) -> dict[str, Any]:
 
 def _dtype(name: str) -> Any:
     return np.float32 if name.endswith(KEPT) else ml_dtypes.bfloat16
+
+
+def made_once(factory: Any, write: Callable[[Path, str], Path]) -> Callable[[str], Path]:
+    """model_type -> what `write` made of it in a folder of `factory`, once."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = write(factory.mktemp(kind) / "model", kind)
+        return made[kind]
+
+    return get
 
 
 def write(folder: Path, case: str) -> Path:

@@ -40,17 +40,14 @@ ALL = [pytest.param(k, marks=() if k == "mixtral" else pytest.mark.slow, id=k) f
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     """model_type -> a checkpoint, and ids.npy, [2 batches, 2, 12], beside it; made once."""
-    made: dict[str, Path] = {}
 
-    def get(kind: str) -> Path:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            made[kind] = family_checkpoints.write(folder / "model", CASES[kind])
-            ids = np.random.RandomState(5).randint(0, make_families.VOCAB, (2, 2, 12))
-            np.save(folder / "ids.npy", ids)
-        return made[kind]
+    def write(folder: Path, kind: str) -> Path:
+        made = family_checkpoints.write(folder, CASES[kind])
+        ids = np.random.RandomState(5).randint(0, make_families.VOCAB, (2, 2, 12))
+        np.save(folder.parent / "ids.npy", ids)
+        return made
 
-    return get
+    return family_checkpoints.made_once(tmp_path_factory, write)
 
 
 @pytest.fixture(scope="module")

@@ -64,17 +64,14 @@ TURNS = [pair for i, pair in enumerate(ALL) if i % len(FORMATS) == i // len(FORM
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     """model_type -> its checkpoint, made once."""
-    made: dict[str, Path] = {}
 
-    def get(kind: str) -> Path:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            case = family_checkpoints.CASES.get(kind, ONE_EACH[kind])
-            made[kind] = family_checkpoints.write(folder / "model", case)
-            (folder / "model" / "tokenizer.model").write_bytes(b"any")
-        return made[kind]
+    def write(folder: Path, kind: str) -> Path:
+        case = family_checkpoints.CASES.get(kind, ONE_EACH[kind])
+        made = family_checkpoints.write(folder, case)
+        (made / "tokenizer.model").write_bytes(b"any")
+        return made
 
-    return get
+    return family_checkpoints.made_once(tmp_path_factory, write)
 
 
 def logits(model: ji.Model, params=None) -> np.ndarray:

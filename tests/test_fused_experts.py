@@ -36,15 +36,9 @@ LEFT = ("*experts*", "*head*", "*router*", "*block_sparse_moe*")
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     """model_type -> its checkpoint, made once."""
-    made: dict[str, Path] = {}
-
-    def get(kind: str) -> Path:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            made[kind] = family_checkpoints.write(folder / "model", ONE_EACH[kind])
-        return made[kind]
-
-    return get
+    return family_checkpoints.made_once(
+        tmp_path_factory, lambda folder, kind: family_checkpoints.write(folder, ONE_EACH[kind])
+    )
 
 
 def quantized(source: Path, out: Path, *options) -> Path:

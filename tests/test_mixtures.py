@@ -31,15 +31,9 @@ KINDS = ("qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text")
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     """model_type -> its checkpoint, made once."""
-    made: dict[str, Path] = {}
-
-    def get(kind: str) -> Path:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            made[kind] = family_checkpoints.write(folder / "model", ONE_EACH[kind])
-        return made[kind]
-
-    return get
+    return family_checkpoints.made_once(
+        tmp_path_factory, lambda folder, kind: family_checkpoints.write(folder, ONE_EACH[kind])
+    )
 
 
 def routed(source: Path) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
