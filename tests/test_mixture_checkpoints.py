@@ -3,19 +3,21 @@
 data, and what is refused.
 """
 
+import json
 from pathlib import Path
 
+import exports
 import family_checkpoints
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from command import refused
+from command import jqx, refused
 from damage import arrays
 from safetensors.numpy import save_file
 from tiny_families import IDS, MIXTURES, ONE_EACH, spec_of
 
 import jqx_interop as ji
-from jqx import InputError
 from jqx.models import Experts
 from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten
@@ -24,6 +26,8 @@ from jqx.tensors.stacks import EACH
 BF16 = ml_dtypes.bfloat16
 DATA_FREE = "fp8_per_channel_per_token"
 FUSED = ("granitemoe", "llama4_text", "llama4", "gpt_oss", "dbrx")
+"""Families whose experts lie in one tensor."""
+
 APART = [kind for kind in MIXTURES if kind not in FUSED]
 
 
@@ -92,11 +96,53 @@ def test_without_data_every_expert_is_quantized(kind: str, tmp_path: Path):
         np.testing.assert_array_equal(array.view(np.uint8), arrays(again)[name].view(np.uint8))
 
 
-@pytest.mark.parametrize("kind", FUSED)
-def test_experts_in_one_tensor_are_not_left_out_quietly(kind: str, tmp_path: Path):
-    folder = written(tmp_path / "model", kind)
-    with pytest.raises(InputError, match="keeps its experts in one tensor"):
-        ji.load(folder, quantize=DATA_FREE)
+RECIPES = {
+    "": {"extends": DATA_FREE},
+    "in one tensor": {"extends": "w4a16_nvfp4"},
+    "some linears": {"rules": [{"path_glob": "*down_proj", "weight": "nvfp4", "kind": "linear"}]},
+    "some blocks": {"rules": [{"path_glob": "*.1.*.experts.*", "weight": "int8"}]},
+    "no experts": {"rules": [{"path_glob": "*attn*", "weight": "int8", "kind": "linear"}]},
+    "searched": {"extends": "int8_weight_only", "algorithm": "mse"},
+}
+FEW = [("granitemoe", "some blocks"), ("llama4_text", "in one tensor")]
+FEW += [("gpt_oss", "no experts"), ("dbrx", "")]
+PAIRS = [(kind, name) for kind in FUSED for name in RECIPES]
+
+
+def same_in_memory(folder: Path, recipe: Path, *, bytes_too: bool) -> None:
+    """What is quantized while it is read is what is written and read again."""
+    words = ("quantize", folder, folder.with_name("out"), "--recipe", recipe)
+    done = jqx(*words, "--calib", folder.with_name("ids.npy"))
+    assert done.code == 0, done.err
+    want, got = ji.load(folder.with_name("out")), ji.load(folder, quantize=recipe)
+    mine, other = flatten(got.params), flatten(want.params)
+    assert mine.keys() == other.keys()
+    assert jax.tree.structure(mine) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(other), strict=True):
+        assert (a.dtype, np.asarray(a).tobytes()) == (b.dtype, np.asarray(b).tobytes())
+    np.testing.assert_array_equal(logits(got), logits(want))
+    ji.save(got, folder.with_name("again"))
+    again = ji.load(folder.with_name("again"))
+    np.testing.assert_array_equal(logits(again), logits(want))
+    if bytes_too:
+        assert exports.digests(folder.with_name("again")) == exports.digests(want.path)
+
+
+def check_in_memory(folder: Path, kind: str, name: str) -> None:
+    (folder / "recipe.json").write_text(json.dumps(RECIPES[name]))
+    made = written(folder / "model", kind)
+    same_in_memory(made, folder / "recipe.json", bytes_too=name != "some blocks")
+
+
+@pytest.mark.parametrize(("kind", "name"), FEW)
+def test_experts_in_one_tensor_are_quantized_in_memory(kind: str, name: str, tmp_path: Path):
+    check_in_memory(tmp_path, kind, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), [pair for pair in PAIRS if pair not in FEW])
+def test_all_experts_in_one_tensor_are_quantized_in_memory(kind: str, name: str, tmp_path: Path):
+    check_in_memory(tmp_path, kind, name)
 
 
 def test_layers_that_predict_further_tokens_stay_as_they_are(tmp_path: Path):

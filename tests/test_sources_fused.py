@@ -9,6 +9,7 @@ from pathlib import Path
 import exports
 import family_checkpoints
 import foreign
+import jax
 import numpy as np
 import pytest
 from command import jqx, refused
@@ -16,6 +17,7 @@ from damage import arrays
 from stored_sources import MXFP4, floats
 from tiny_families import ONE_EACH
 
+import jqx_interop as ji
 from jqx_interop.checkpoints import DTYPES
 
 ROWS = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2), "down_proj": slice(None)}
@@ -136,6 +138,10 @@ def test_experts_stay_as_they_are(here: Path, tmp_path: Path):
             scales = kept[f"{AT}.gate_up_proj_scales"][e, rows]
             assert out[name][2] == np.ascontiguousarray(blocks[rows]).tobytes()
             assert out[f"{name}_scale"][2] == np.ascontiguousarray(scales).tobytes()
+    got = ji.load(here / "far", quantize=recipe(tmp_path, "mxfp4"))
+    mine, other = jax.tree.leaves(got.params), jax.tree.leaves(ji.load(tmp_path / "out").params)
+    for a, b in zip(mine, other, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_experts_do_not_stay_in_one_tensor(here: Path, tmp_path: Path):

@@ -14,34 +14,37 @@ import numpy as np
 from jqx.algorithms.table import needed
 from jqx.errors import InputError
 from jqx.formats import find_format
-from jqx.models import param_shapes
+from jqx.models import ModelSpec, param_shapes
 from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
 from jqx.tensors.stacks import stacked
 
-from .checkpoints import open_checkpoint
+from .architecture import own_head, spec_for
+from .checkpoints import Checkpoint, open_checkpoint
+from .experts import linears_of_experts
 from .job import Job, decide
 from .orientation import turned
 from .recipe_files import recipe_of
 from .searched import Search
 from .settings import Settings
 from .stored import Source, copied, plain
+from .unfused import UnfusedCheckpoint
 from .weights import linear_groups, stored_group
 
 
 def read_compressed(model: str | Path, recipe: Any) -> tuple[Source, dict[str, Any]]:
-    """The plain checkpoint `model` and its parameters, a nested tree in which what `recipe` selects
-    is stored as it says, without scales of inputs. Codes and scales of weights are those that `ptq`
-    writes.
+    """The checkpoint `model` and its parameters, a nested tree in which what `recipe` selects is
+    stored as it says, without scales of inputs. Codes and scales of weights are those that `ptq`
+    writes. Experts that lie in one tensor have linears of their own if it selects some of them.
 
-    Raises InputError for what cannot be read or is quantized already, and for a recipe that needs
-    calibration for more than scales of inputs.
+    Raises InputError for what cannot be read, and for a recipe that needs calibration for more than
+    scales of inputs.
     """
     job = decide(open_checkpoint(model), recipe_of(recipe), Settings(), in_memory=True)
-    assert job.spec is not None
     _refuse_calibrated(job)
-    spec = replace(job.spec, kv_cache=job.kv)
-    source = Source(checkpoint=job.checkpoint, spec=spec, choices={}, dtype=job.dtype)
+    checkpoint, spec = _read_as(job)
+    spec = replace(spec, kv_cache=job.kv)
+    source = Source(checkpoint=checkpoint, spec=spec, choices={}, dtype=job.dtype)
     names = tuple(param_shapes(spec))
     leaves: dict[str, Any] = dict(compressed(job, names))
     leaves |= {name: plain(source, name) for name in names if name not in leaves}
@@ -57,6 +60,20 @@ def compressed(job: Job, names: Iterable[str]) -> Iterator[tuple[str, QTensor]]:
             q = jax.tree.map(lambda leaf: copied(np.asarray(leaf)), q)
             yield f"{path}.weight", turned(job.spec, path, q)
             job.checkpoint.release(path + ".weight")
+
+
+def _read_as(job: Job) -> tuple[Checkpoint, ModelSpec]:
+    """The names and the architecture of the parameters of a job: `load` reads what `ptq` writes,
+    where experts of which none is quantized stay in one tensor.
+    """
+    checkpoint, spec = job.checkpoint, job.spec
+    assert spec is not None
+    quantized = linears_of_experts(spec) & job.choices.keys()
+    if quantized or not isinstance(checkpoint, UnfusedCheckpoint):
+        return checkpoint, spec
+    assert checkpoint.base is not None
+    fused = spec_for(checkpoint.base.config, checkpoint.base.tensors)
+    return checkpoint.base, own_head(checkpoint.base, fused)
 
 
 def _refuse_calibrated(job: Job) -> None:

@@ -13,7 +13,7 @@ from jqx.algorithms.table import variant_of
 from jqx.config import KV_FORMATS, Choice, KVFormat, QuantConfig
 from jqx.errors import InputError, nearest
 from jqx.formats import find_format
-from jqx.models import ModelSpec, is_fused, param_shapes
+from jqx.models import ModelSpec, param_shapes
 from jqx.recipes import Recipe, find_kv, find_recipe, with_kv
 from jqx.tensors import QTensor
 
@@ -287,11 +287,6 @@ def decide(
     if spec is not None:
         check_tensors(checkpoint, param_shapes(spec), optional_tensors(spec))
         spec = own_head(checkpoint, spec)
-        if in_memory and any(is_fused(kind) for kind in spec.blocks):
-            raise InputError(
-                f"model_type {spec.family!r} keeps its experts in one tensor, which is not "
-                "quantized in memory: quantize it with jqx quantize, and load that"
-            )
         checkpoint, spec = unfused(checkpoint, spec)
     inventory = take_inventory(checkpoint, spec)
     if (dtype_key := model_dtype(checkpoint)) not in FLOATS:

@@ -48,12 +48,13 @@ def load(model: str | Path, quantize: Any = None) -> Model:
     """Read a whole checkpoint into memory, in the dtype its configuration names.
 
     Quantized weights stay as they are stored, and run as their formats say. With `quantize` (the
-    name of a recipe, a recipe file or a configuration) a plain checkpoint is compressed while it is
-    read, so that the full-precision model is never in memory; scales of inputs are found in each
-    activation until `jqx.calibrate` and `jqx.quantize` give them.
+    name of a recipe, a recipe file or a configuration) a checkpoint is compressed while it is read,
+    so that the full-precision model is never in memory; scales of inputs are found in each
+    activation until `jqx.calibrate` and `jqx.quantize` give them. Experts that lie in one tensor
+    are stacks then, `experts.{}.up_proj.weight`, as they are in what `ptq` writes.
 
-    Raises InputError for what cannot be read: see `open_model`; with `quantize` also for a
-    checkpoint that is quantized already and for a recipe that needs calibration data.
+    Raises InputError for what cannot be read: see `open_model`; with `quantize` also for a recipe
+    that needs calibration data.
     """
     if quantize is None:
         source = open_model(model)

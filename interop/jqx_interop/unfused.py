@@ -21,7 +21,7 @@ from jqx.models import (
 )
 from jqx.models.apart import Piece
 
-from .architecture import together_for
+from .architecture import spec_for, together_for
 from .checkpoints import Checkpoint, TensorInfo
 from .checkpoints.layout import nbytes
 from .sources import without_description
@@ -123,18 +123,25 @@ def apart_tensors(tensors: Mapping[str, TensorInfo], pieces: Pieces) -> dict[str
 
 
 def stored_apart(checkpoint: Checkpoint) -> Checkpoint:
-    """A view of a checkpoint whose experts are quantized in one tensor, in which each has tensors
-    of its own; `checkpoint` itself if they are not.
+    """A view of a checkpoint whose experts are quantized in one tensor, or are apart in some blocks
+    only, in which each has tensors of its own; `checkpoint` itself if they are neither.
     """
-    if not any(name.endswith(FUSED) for name in checkpoint.tensors):
-        return checkpoint
     if not (pieces := stored_pieces(checkpoint.config, checkpoint.tensors)):
+        return checkpoint
+    quantized = any(name.endswith(FUSED) for name in checkpoint.tensors)
+    if not quantized and _together(checkpoint):
         return checkpoint
     infos = {
         name: _info(info, name, info.shape)
         for name, info in apart_tensors(checkpoint.tensors, pieces).items()
     }
     return _view(checkpoint, infos, {name: (row, at) for name, (row, at, _) in pieces.items()})
+
+
+def _together(checkpoint: Checkpoint) -> bool:
+    """Whether no expert has tensors of its own. Only for an architecture that is defined."""
+    spec = spec_for(without_description(checkpoint.config), checkpoint.tensors)
+    return any(is_fused(kind) for kind in spec.blocks)
 
 
 def _view(
