@@ -12,7 +12,7 @@ import foreign
 import jax
 import numpy as np
 import pytest
-from command import jqx, refused
+from command import jqx
 from damage import arrays
 from stored_sources import MXFP4, floats
 from tiny_families import ONE_EACH
@@ -142,8 +142,3 @@ def test_experts_stay_as_they_are(here: Path, tmp_path: Path):
     mine, other = jax.tree.leaves(got.params), jax.tree.leaves(ji.load(tmp_path / "out").params)
     for a, b in zip(mine, other, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def test_experts_do_not_stay_in_one_tensor(here: Path, tmp_path: Path):
-    words = ("--qformat", "nvfp4_mlp_only", "--calib", here / "ids.npy", "--keep-source")
-    refused("quantize", here / "model", tmp_path / "out", *words, saying="written one by one")

@@ -146,19 +146,28 @@ class Fusion:
 def fusion_of(
     fused: ModelSpec,
     separate: ModelSpec,
-    choices: Mapping[str, Choice],
+    described: tuple[Mapping[str, Choice], Mapping[str, bool]],
     target: Target | None,
     *,
     plain: bool,
 ) -> Fusion:
-    """How experts of `fused` are written that are those of `separate` until then. `target`: the
-    layout in which quantized experts share tensors, None for none; `plain`: whether experts that
-    are not quantized do.
+    """How experts of `fused` are written that are those of `separate` until then. `described`: the
+    formats of linears, and whether those that are there already, whose scales do not change, share
+    theirs, so that they stay in one tensor beside others; `target`: the layout in which quantized
+    experts share tensors, None for none; `plain`: whether experts that are not quantized do.
     """
+    choices, shared = described
     slabs: dict[str, Slab] = {}
     linears: dict[str, list[str]] = {}
-    distinct = set(choices.values())
-    together = target is not None and len(distinct) == 1 and target.fuses(next(iter(distinct)))
+    alike = len(set(choices.values())) == 1
+
+    def together(paths: list[str]) -> bool:
+        formats = {choices.get(path) for path in paths}
+        stay = {shared.get(path) for path in paths}
+        if None in formats or len(formats) > 1 or len(stay) > 1 or target is None:
+            return False
+        return target.fuses(choices[paths[0]]) and (alike if None in stay else stay == {True})
+
     for i, kind in enumerate(kinds(fused)):
         if not is_fused(kind):
             continue
@@ -168,7 +177,7 @@ def fusion_of(
         paths = [name.removesuffix(".weight") for name in own if name.endswith(".weight")]
         quantized = [path for path in paths if path in choices]
         turned = all(own[f"{path}.weight"].turned for path in paths)
-        if quantized and not (together and turned and len(quantized) == len(paths)):
+        if quantized and not (turned and together(paths)):
             continue
         if not quantized and not plain:
             continue
@@ -190,7 +199,7 @@ def fused_again(
     a `config` that is not defined.
     """
     together = together_for(without_description(config), param_shapes(spec))
-    found = fusion_of(together, spec, choices, target, plain=True)
+    found = fusion_of(together, spec, (choices, dict.fromkeys(choices, True)), target, plain=True)
     for members in found.linears.values():
         first = scales(members[0])
         if any(scales(member) != first for member in members):

@@ -40,7 +40,7 @@ from .experts import check_coverage, linears_of_experts
 from .folding import Folds, fold_all, plan_folds
 from .fusing import Fusion, fusion_of
 from .inventory import FLOATS, KEPT, Inventory, Module, take_inventory
-from .keeping import kept_linears, kept_outputs
+from .keeping import kept_linears, kept_outputs, lies_fused
 from .orientation import laid, laid_outputs
 from .outlines import open_outline
 from .outputs import outputs_of
@@ -137,12 +137,13 @@ class Job:
         if spec is None or not linears_of_experts(spec):
             return Fusion()
         searched = any(step.method != "max" for step in steps)
-        one = any(choice.weight == "fp8" for choice in self.described.values())
+        one = any(choice.weight == "fp8" for choice in self.choices.values())
         stay = self.settings.fuse_experts and not (searched and one)  # one scale was not searched
         together = together_for(self.checkpoint.config, self.checkpoint.tensors)
         plain = isinstance(self.checkpoint, UnfusedCheckpoint)
         target = self.target if stay else None
-        return fusion_of(together, spec, self.described, target, plain=plain)
+        lying = {path: lies_fused(self.checkpoint, path) for path in self.kept}
+        return fusion_of(together, spec, (self.described, lying), target, plain=plain)
 
     @property
     def fold(self) -> bool:

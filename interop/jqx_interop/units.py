@@ -19,9 +19,9 @@ from .attentions import Attention
 from .checkpoints import DTYPES, ShardWriter
 from .experts import linears_of_experts
 from .job import Job
+from .keeping import kept_codes
 from .runner import BlockStats
 from .searched import Facts, Search
-from .sources import DecodedCheckpoint
 from .together import bunched
 from .weights import Groups, checked_amax, encode_group, linear_groups, read_tensor
 
@@ -144,8 +144,7 @@ class Finisher:
     def _keep(self, path: str) -> None:
         """Write a linear as it lies in a quantized source."""
         job, name = self._job, f"{path}.weight"
-        assert isinstance(job.checkpoint, DecodedCheckpoint)
-        self._write(job.named(path, job.checkpoint.stored(name)))
+        self._write(job.named(path, kept_codes(job.checkpoint, path)))
         job.checkpoint.release(name)
         self._done((name,))
 

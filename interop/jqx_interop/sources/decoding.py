@@ -75,13 +75,15 @@ class DecodedCheckpoint(Checkpoint):
 
     def stored_member(self, name: str, index: int, rows: slice) -> QTensor | None:
         """Rows of the codes and scales of one expert of the tensor `name` as they are, [n, k]; None
-        where it holds no experts with codes of blocks in rows.
+        where it holds no experts with codes. Nothing is copied.
         """
         weight = self.weights.get(name)
-        if weight is None or weight.stored is None or set(weight.stacked) != set(weight.parts):
+        if weight is None or weight.stored is None or not weight.stacked:
             return None
         arrays = self._arrays(weight)
-        return weight.stored({leaf: array[index, rows] for leaf, array in arrays.items()})
+        q = weight.stored(arrays | {leaf: arrays[leaf][index] for leaf in weight.stacked})
+        scale = q.scale[rows] if q.scale.ndim else q.scale
+        return q.replace(codes=q.codes[rows], scale=scale)
 
     def release(self, name: str) -> None:
         """Drop the resident pages of `name`, or of all its parts."""

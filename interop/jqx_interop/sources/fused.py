@@ -7,12 +7,22 @@ gate_up_proj    FP8 [E, in, out], or NVFP4 [E, in / 2, out], the even row in the
 
 import numpy as np
 
+from jqx.config import Choice
 from jqx.formats import find_format
 from jqx.tensors import QTensor
+from jqx_interop.targets import TARGETS
 
 from .weight import Arrays, Found, Given, Weight, decoded
 
 SCALE, OUTER, INPUT = "_weight_scale", "_weight_scale_2", "_input_scale"
+LEAVES = {
+    "codes": "weight",
+    "scale": "weight_scale",
+    "outer": "weight_scale_2",
+    "input_scale": "input_scale",
+}
+"""Part of a weight -> what it is called beside a linear."""
+
 FUSED = ("gate_up_proj_weight_scale", "down_proj_weight_scale")
 """Endings of names by which such experts are known."""
 
@@ -53,6 +63,8 @@ def fused_weights(given: Given) -> Found:
 def _weight(given: Given, base: str, parts: dict[str, str]) -> Weight:
     experts, rows, out = given.tensors[base].shape
     fp4 = "outer" in parts
+    fmt, k = ("nvfp4", 2 * rows) if fp4 else ("fp8", rows)
+    choice = Choice(weight=fmt, input=fmt if "input_scale" in parts else None)
 
     def floats(arrays: Arrays, dtype: np.dtype) -> np.ndarray:
         codes = np.ascontiguousarray(np.swapaxes(arrays["codes"], 1, 2))
@@ -62,15 +74,21 @@ def _weight(given: Given, base: str, parts: dict[str, str]) -> Weight:
             codes=codes,
             scale=np.swapaxes(arrays["scale"], 1, 2) if fp4 else np.broadcast_to(one, lead),
             tensor_scale=np.broadcast_to(one, lead) if fp4 else None,
-            format=find_format("nvfp4" if fp4 else "fp8"),
+            format=find_format(fmt),
             dtype=given.dtype,
         )
         return np.ascontiguousarray(np.swapaxes(decoded(q, dtype), 1, 2))
 
+    def stored(arrays: Arrays) -> QTensor:
+        named = {LEAVES[leaf]: a.T if a.ndim == 2 else a for leaf, a in arrays.items()}
+        return TARGETS["modelopt"].gathered(named, choice, (out, k), given.dtype)
+
     return Weight(
         name=base,
-        shape=(experts, 2 * rows if fp4 else rows, out),
+        shape=(experts, k, out),
         parts=parts,
         floats=floats,
+        choice=choice,
+        stored=stored,
         stacked=("codes", "scale") if fp4 else ("codes",),
     )

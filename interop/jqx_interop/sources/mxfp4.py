@@ -63,7 +63,7 @@ def _weight(given: Given, base: str, parts: dict[str, str], blocks: tuple[int, .
         shape=(*lead, columns, rows) if lead else (rows, columns),
         parts=parts,
         floats=floats,
-        choice=None if lead else Choice(weight="mxfp4"),
+        choice=Choice(weight="mxfp4"),
         stored=stored,
         stacked=tuple(parts) if lead else (),
     )

@@ -48,7 +48,7 @@ class Weight:
     """`name` and `shape` are those of the plain tensor; `parts`: leaf -> name in the files;
     `floats`: from the arrays of all parts to the plain tensor in a dtype. `choice` and `stored`:
     the formats of a linear and its codes [n, k], where it can stay as it is. `stacked`: parts with
-    an axis of experts in front; `stored` may be their codes [e, n, k] then, without a `choice`.
+    an axis of experts in front; `stored` takes those of one expert then.
     """
 
     name: str
