@@ -19,7 +19,7 @@ from tiny_families import IDS, MIXTURES, ONE_EACH, spec_of
 
 import jqx_interop as ji
 from jqx.models import Experts
-from jqx.tensors import QTensor
+from jqx.tensors import QTensor, stacks
 from jqx.tensors.paths import flatten
 from jqx.tensors.stacks import EACH
 
@@ -143,6 +143,25 @@ def test_experts_in_one_tensor_are_quantized_in_memory(kind: str, name: str, tmp
 @pytest.mark.parametrize(("kind", "name"), [pair for pair in PAIRS if pair not in FEW])
 def test_all_experts_in_one_tensor_are_quantized_in_memory(kind: str, name: str, tmp_path: Path):
     check_in_memory(tmp_path, kind, name)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["", "while it is read"])
+def test_experts_are_not_there_twice(quantized: bool, tmp_path: Path, monkeypatch):
+    """When all are stacked but the last ones, little more is there than what is there at last."""
+    folder, held = written(tmp_path / "model", "llama4_text"), []
+    before, plain = {id(x) for x in jax.live_arrays()}, stacks.stack_of
+
+    def stack_of(members, names):
+        held.append(sum(x.nbytes for x in jax.live_arrays() if id(x) not in before))
+        return plain(members, names)
+
+    monkeypatch.setattr(stacks, "stack_of", stack_of)
+    if not quantized:
+        ji.ptq(folder, tmp_path / "out", DATA_FREE)
+    model = ji.load(folder, quantize=DATA_FREE) if quantized else ji.load(tmp_path / "out")
+    whole = sum(x.nbytes for x in jax.tree.leaves(model.params))
+    assert len(held) == 9
+    assert held[-1] < 1.2 * whole
 
 
 def test_layers_that_predict_further_tokens_stay_as_they_are(tmp_path: Path):

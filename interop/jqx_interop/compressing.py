@@ -17,7 +17,7 @@ from jqx.formats import find_format
 from jqx.models import ModelSpec, param_shapes
 from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
-from jqx.tensors.stacks import stacked
+from jqx.tensors.stacks import stack_all
 
 from .architecture import own_head, spec_for
 from .checkpoints import Checkpoint, open_checkpoint
@@ -48,7 +48,8 @@ def read_compressed(model: str | Path, recipe: Any) -> tuple[Source, dict[str, A
     names = tuple(param_shapes(spec))
     leaves: dict[str, Any] = dict(compressed(job, names))
     leaves |= {name: plain(source, name) for name in names if name not in leaves}
-    return source, unflatten(stacked(leaves, source.leaves))
+    stack_all(leaves, source.leaves)
+    return source, unflatten(leaves)
 
 
 def compressed(job: Job, names: Iterable[str]) -> Iterator[tuple[str, QTensor]]:

@@ -30,7 +30,7 @@ from jqx.models import (
 from jqx.models.layers import module
 from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
-from jqx.tensors.stacks import stacked
+from jqx.tensors.stacks import stack_all
 
 from .architecture import optional_tensors, own_head, spec_for
 from .checkpoints import (
@@ -132,7 +132,8 @@ def read_params(
             leaves[tensor.name] = _checked(source, stored, problems)
     if problems:
         refuse(source.checkpoint.path, problems, "The checkpoint is damaged.")
-    return unflatten(stacked(leaves, source.leaves))
+    stack_all(leaves, source.leaves)
+    return unflatten(leaves)
 
 
 def read_block(source: Source, i: int, compute: Compute) -> dict[str, Any]:

@@ -59,18 +59,25 @@ def stacked(named: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, 
     Raises InputError for members that are missing, or are not alike.
     """
     left = dict(named)
+    stack_all(left, shapes)
+    return left
+
+
+def stack_all(named: dict[str, Any], shapes: Mapping[str, Shape]) -> None:
+    """The same in `named` itself, which lets go of members as soon as they are in a stack, so that
+    not all of them are there twice.
+    """
     for name, shape in shapes.items():
         if EACH not in name:
             continue
         own = [member_name(name, e) for e in range(shape[0])]
-        there = [left.pop(member) for member in own if member in left]
+        there = {member: named.pop(member) for member in own if member in named}
         if not there:
             continue
         if len(there) < len(own):
-            missing = next(member for member in own if member not in named)
+            missing = next(member for member in own if member not in there)
             raise InputError(f"{missing} is missing, and others of its experts are there")
-        left[name] = stack_of(there, own)
-    return left
+        named[name] = stack_of(list(there.values()), own)
 
 
 def stack_of(members: list[Any], names: list[str]) -> Any:
