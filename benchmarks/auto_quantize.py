@@ -4,9 +4,9 @@
     python benchmarks/auto_quantize.py MODEL --text HELD_OUT.txt [--calib FILE] [--kept FOLDER]
 
 For every mixture and budget: the KL divergence from the model of the best choice by ModelOpt's
-scores ("gradient"), by "fisher", and of random choices that spend as much, in nats a token of the
-held-out text, in float32. All choices go through the model together, a block at a time, with their
-linears as they are simulated.
+scores ("gradient"), by "fisher", by "fisher" after --rounds, and of random choices that spend as
+much, in nats a token of the held-out text, in float32. All choices go through the model together,
+a block at a time, with their linears as they are simulated.
 """
 
 import argparse
@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqx.auto import NONE, Way
-from jqx_interop.auto import Limit, Scored, Scoring, chosen, scored
+from jqx_interop.auto import Limit, Scored, Scoring, chosen, refined, scored
 from jqx_interop.auto.passes import Passes, Task
+from jqx_interop.auto.rounds import DIVERGENCES
 from jqx_interop.auto.scoring import head_divergence, run_block
 from jqx_interop.auto.ways import ways_of
 from jqx_interop.data import CalibrationSet, load_calibration
@@ -106,12 +107,20 @@ class Choices(Passes):
         return found[:, : len(self.ids)]
 
 
-def rows_of(methods: Mapping[str, Scored], most: float, draws: int) -> list[Row]:
-    """The choices of all methods, and random ones."""
+def rows_of(
+    methods: Mapping[str, Scored], most: float, draws: int, rounds: int = 0, kept: Path = Path()
+) -> list[Row]:
+    """The choices of all methods, those of some after rounds, and random ones; `kept`: the folder
+    that has those of every method's scores.
+    """
     limit, rows = Limit(most=most, count="quantizable"), []
     for name, found in methods.items():
         choice = chosen(found, limit)
         rows.append(Row(name, choice.costs["quantizable"], choice.choices))
+        if rounds and name in DIVERGENCES:
+            choice = refined(found, limit, rounds, kept / name, Silent())
+            bits, told = choice.costs["quantizable"], f"{name}, {rounds} rounds"
+            rows.append(Row(told, bits, choice.choices))
     first = next(iter(methods.values()))
     way = ways_of(first, limit.weighting)["quantizable"]
     for draw in range(draws):
@@ -166,7 +175,9 @@ def main() -> None:
     p.add_argument("--calib", type=Path, help="calibration text or ids (default: the bundled text)")
     p.add_argument("--mix", choices=MIXES, action="append")
     p.add_argument("--methods", default=",".join(METHODS))
+    p.add_argument("--rounds", type=int, default=2, help="how often choices are corrected")
     p.add_argument("--random", type=int, default=20)
+    p.add_argument("--bits", type=float, action="append", help="budgets (default: those of a mix)")
     p.add_argument("--size", type=int, default=16, help="sequences to score on")
     p.add_argument("--eval-size", type=int, default=8, help="sequences to measure on")
     p.add_argument("--length", type=int, default=512)
@@ -194,8 +205,8 @@ def main() -> None:
             size=a.eval_size,
             length=a.length,
         )
-        for budget in budgets:
-            rows = rows_of(methods, budget, a.random)
+        for budget in a.bits or budgets:
+            rows = rows_of(methods, budget, a.random, a.rounds, kept / mix)
             kl = measured(methods, rows, data)
             print("\n".join([f"| **{mix}** | | | | |", *table(budget, rows, kl)]), flush=True)
             told += [

@@ -33,20 +33,26 @@ Taps = Mapping[str, Sequence[Array]]
 
 
 def tapped(
-    f: Callable[..., Any], outputs: Mapping[str, Sequence[Outputs]], reduce: Reduce
+    f: Callable[..., Any],
+    outputs: Mapping[str, Sequence[Outputs]],
+    reduce: Reduce,
+    base: Mapping[str, Outputs] | None = None,
 ) -> Callable[..., Any]:
     """The function `(params, taps, *args) -> f(params, *args)` whose derivative with respect to
     `taps[path][i]` is the sum of `reduce(g, D)` over all uses of the parameter at `path` in
-    products, D being what `outputs[path][i]` changes of the result.
+    products, D being what `outputs[path][i]` changes of the result. `base`: what the results of
+    some products are in the first place, where that is something else.
 
     Raises InputError for a path that is in no product.
     """
 
     def change(met: Met, walk: Walk) -> Array | None:
-        taps = walk.beside.get(met.use.path)
-        if met.use.op not in PRODUCTS or taps is None:
+        taps, other = walk.beside.get(met.use.path), (base or {}).get(met.use.path)
+        if met.use.op not in PRODUCTS or (taps is None and other is None):
             return None
-        y = met.apply(met.x, met.w)
+        y = met.apply(met.x, met.w) if other is None else other(met)
+        if taps is None:
+            return y
         changes = [lax.stop_gradient(out(met) - y) for out in outputs[met.use.path]]
         return tap(partial(_outputs_last, reduce, _first(met, y)), y, changes, list(taps))
 

@@ -50,6 +50,14 @@ class Way:
         budget = Budget(most=most * self.per * (1 + 1e-12), fixed=self.fixed, unit=self.unit)
         return SOLVERS[method](self.groups, budget)
 
+    def found(self, choices: Mapping[str, str]) -> Found:
+        """A choice that is given, every linear's candidate, with its score and cost."""
+        mine = {group.name: choices[group.name] for group in self.groups}
+        picked = [(g, g.candidates.index(mine[g.name])) for g in self.groups]
+        score = float(sum(g.scores[c] for g, c in picked))
+        cost = self.fixed + float(sum(g.costs[c] for g, c in picked))
+        return Found(choices=mine, score=score, cost=cost)
+
     def members(self, found: Found) -> dict[str, str]:
         """Every linear's part in a choice."""
         return {path: found.choices[g.name] for g in self.groups for path in g.members}

@@ -5,10 +5,12 @@ export.
 
 from .choosing import Chosen as Chosen
 from .choosing import Limit as Limit
+from .choosing import Tried as Tried
 from .choosing import chosen as chosen
 from .choosing import limit_of as limit_of
 from .quantize import AutoSettings as AutoSettings
 from .quantize import auto_quantize as auto_quantize
+from .rounds import refined as refined
 from .run import METHODS as METHODS
 from .run import Scored as Scored
 from .run import Scoring as Scoring

@@ -51,11 +51,20 @@ def limit_of(given: Mapping[str, Any], count: str = "modelopt", table: Path | No
     return Limit(most=float(named.get("bits", DEFAULT_BITS)), count=count)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tried:
+    """A choice that was measured: `kl`, its divergence a token of the calibration data in nats."""
+
+    kl: float
+    choices: Mapping[str, str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
     """`choices`: linear -> candidate; `score`: the sum of theirs; `costs` by way of counting;
     `scores`: group, called by its first member -> candidate -> score; `curve`: points (cost, score)
-    of all budgets in the way `count`; `recipe`: what quantizes so.
+    of all budgets in the way `count`; `recipe`: what quantizes so; `tried`: choices that were
+    measured, in their order, of which it is the best.
     """
 
     choices: dict[str, str]
@@ -66,6 +75,7 @@ class Chosen:
     unit: str
     curve: tuple[tuple[float, float], ...]
     recipe: Recipe
+    tried: tuple[Tried, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -84,11 +94,13 @@ class Chosen:
             "costs": self.costs,
             "scores": {group: dict(row) for group, row in self.scores.items()},
             "curve": {"count": self.count, "unit": self.unit, "points": points},
+            "tried": [{"kl": row.kl, "choices": dict(row.choices)} for row in self.tried],
         }
 
 
-def chosen(scored: Scored, limit: Limit) -> Chosen:
-    """The choice with the smallest sum of scores within `limit` (of "kl", as ModelOpt chooses).
+def chosen(scored: Scored, limit: Limit, choices: Mapping[str, str] | None = None) -> Chosen:
+    """The choice with the smallest sum of scores within `limit` (of "kl", as ModelOpt chooses), or
+    these `choices`, linear -> candidate.
 
     Raises InputError for another way to count, and for less than can be reached, with the least and
     another way.
@@ -101,7 +113,7 @@ def chosen(scored: Scored, limit: Limit) -> Chosen:
     way = ways[limit.count]
     _check_number(limit.most, way)
     _check_reachable(limit.most, way, ways)
-    found = way.best(limit.most, scored.method)
+    found = way.found(choices) if choices else way.best(limit.most, scored.method)
     choices = way.members(found)
     return Chosen(
         choices=choices,

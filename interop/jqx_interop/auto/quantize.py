@@ -14,9 +14,10 @@ from jqx_interop.progress import Progress, Silent
 from jqx_interop.report import Report
 from jqx_interop.settings import Settings
 
-from .choosing import Chosen, Limit, chosen
+from .choosing import Chosen, Limit
 from .curve import write_curve
 from .experts import active_ratio
+from .rounds import refined
 from .run import Scored, Scoring, scored
 from .statistics import SeveralStats
 
@@ -26,7 +27,8 @@ class AutoSettings:
     """What is asked for: `formats`, recipes that linears may take, within `limit`; scored by
     `method`, a row of METHODS. Linears that match one of the globs `disabled` stay as they are.
     `scores`: the directory where statistics, scores and the curve are kept, and taken from where
-    they are of the same model, data and recipes.
+    they are of the same model, data and recipes. `rounds`: how often the choice is corrected by
+    what the model with it does, of methods whose scores are divergences.
 
     Where bits are counted, the `cost_model` "active_moe" counts weights of routed experts
     `expert_ratio` times (None: as config.json says), and linears that match `excluded` count
@@ -37,6 +39,7 @@ class AutoSettings:
     scores: str | Path
     limit: Limit = field(default_factory=lambda: Limit(most=4.8))
     method: str = "gradient"
+    rounds: int = 0
     disabled: tuple[str, ...] = ()
     cost_model: str = "weight"
     expert_ratio: float | None = None
@@ -60,7 +63,8 @@ def auto_quantize(
     scoring = Scoring(recipes=asked.formats, method=asked.method, disabled=asked.disabled)
     found = scored(model, scoring, asked.scores, given, progress)
     weighting = _weighting(asked, found.candidates[0].job)
-    choice = chosen(found, replace(asked.limit, weighting=weighting))
+    limit = replace(asked.limit, weighting=weighting)
+    choice = refined(found, limit, asked.rounds, Path(asked.scores), progress)
     write_curve(choice, found.method, Path(asked.scores))
     return choice, _export(model, out, choice, found, (given, progress))
 

@@ -46,7 +46,7 @@ METHODS: Mapping[str, Score] = {
 @dataclass(frozen=True, kw_only=True)
 class Scored:
     """What a model's linears score, by group, called by its first member, and candidate. `loss`:
-    that of the model on the data, where the method takes it.
+    that of the model on the `data`, where the method takes it.
     """
 
     candidates: tuple[Candidate, ...]
@@ -54,6 +54,7 @@ class Scored:
     scores: Mapping[str, Mapping[str, float]]
     method: str
     loss: float | None = None
+    data: CalibrationSet | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +111,7 @@ def scored(
         scores=kept["scores"],
         method=method,
         loss=kept.get("loss"),
+        data=data,
     )
 
 

@@ -80,8 +80,8 @@ def run_block(
     experts.
     """
     if change is not None:
-        return _mixture(program, params, h, params, lambda total: total + change)
-    run = partial(_block, program)
+        return with_sums(program, params, h, params, lambda total: total + change)
+    run = partial(plain_block, program)
     if linears:
         run = simulated(run, _by_weight(linears))
     return run(params, h)
@@ -95,14 +95,15 @@ def _positions(h: Array) -> Int[Array, "b t"]:
     return jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2])
 
 
-def _block(program: Program, params: Any, h: Array) -> Array:
+def plain_block(program: Program, params: Any, h: Array) -> Array:
+    """The states after a block."""
     return block(program.spec, program.kind, params, h, _positions(h), program.compute)
 
 
-def _mixture(
+def with_sums(
     program: Program, params: Any, h: Array, stacks: Any, change: Callable[[Array], Array]
 ) -> Array:
-    """`_block` of a block with experts, whose sums change; `stacks` has their parameters."""
+    """`plain_block` of a block with experts, whose sums change; `stacks` has their parameters."""
     same = program.spec, program.kind
     found = front(*same, params, h, _positions(h), program.compute)
     total = change(expert_sums(*same, stacks, found.given, program.compute))
@@ -187,13 +188,13 @@ def _tapped(
     h: Array,
     given: tuple[Any, list[Array]],
 ) -> Array:
-    """`_block` with a tap at the sums of its experts, if there are changes of them: `given` are the
-    parameters of experts, and a tap for every change.
+    """`plain_block`, with a tap at the sums of its experts if there are changes of them: `given`
+    are the parameters of experts, and a tap for every change.
     """
     if not changes:
-        return _block(program, params, h)
+        return plain_block(program, params, h)
     stacks, taps = given
-    return _mixture(program, params, h, stacks, lambda y: tap(reduce, y, changes, taps))
+    return with_sums(program, params, h, stacks, lambda y: tap(reduce, y, changes, taps))
 
 
 @partial(jax.jit, static_argnames=("program",))
@@ -210,13 +211,14 @@ def head_gradient(
     """
 
     def loss(h: Array) -> Array:
-        return _entropy(_log_p(program, params, h), targets, share)
+        return _entropy(log_predicted(program, params, h), targets, share)
 
     value, gradient = jax.value_and_grad(loss)(h)
     return gradient, value
 
 
-def _log_p(program: Program, params: Any, h: Array) -> Float[Array, "c v"]:
+def log_predicted(program: Program, params: Any, h: Array) -> Float[Array, "c v"]:
+    """What the states after the last block predict."""
     return jax.nn.log_softmax(head(program.spec, params, h[None], program.compute)[0])
 
 
@@ -245,7 +247,7 @@ def head_draw(
     targets, share, key = given
 
     def loss(h: Array) -> tuple[Array, Array]:
-        log_p = _log_p(program, params, h)
+        log_p = log_predicted(program, params, h)
         fixed = jax.lax.stop_gradient(jnp.exp(log_p / 2)) * signs(key, log_p.shape)
         drawn = jnp.sum(jnp.where(share > 0, jnp.sum(fixed * log_p, axis=-1), 0))
         return drawn, _entropy(log_p, targets, share)
@@ -265,10 +267,10 @@ def head_divergence(
     """The sum of KL(p || p') over tokens, each times its `share`: p is predicted by the states `h`
     after the last block, p' by each of `changed`.
     """
-    log_mine = _log_p(program, params, h)
+    log_mine = log_predicted(program, params, h)
 
     def divergence(other: Array) -> Array:
-        log_other = _log_p(program, params, other)
+        log_other = log_predicted(program, params, other)
         each = jnp.sum(jnp.exp(log_mine) * (log_mine - log_other), axis=-1)
         return jnp.sum(jnp.where(share > 0, each, 0) * share)
 

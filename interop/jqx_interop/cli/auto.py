@@ -123,6 +123,15 @@ def auto(  # noqa: PLR0913  a command's options are its parameters
             rich_help_panel=CHOICE,
         ),
     ] = "gradient",
+    rounds: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="How often the model runs with the choice, and back, to correct it by what errors "
+            "of different linears do to each other (fisher and kl).",
+            rich_help_panel=CHOICE,
+        ),
+    ] = 0,
     disable: Annotated[
         list[str] | None,
         typer.Option(
@@ -189,6 +198,7 @@ def auto(  # noqa: PLR0913  a command's options are its parameters
         formats=tuple(names),
         limit=limit,
         method=method,
+        rounds=rounds,
         disabled=tuple(disable or ()),
         cost_model=cost_model,
         expert_ratio=expert_ratio,
@@ -211,6 +221,10 @@ def auto(  # noqa: PLR0913  a command's options are its parameters
 def _tell(chosen: "Chosen", limit: "Limit", written: str) -> None:
     rows = [(name, str(n)) for name, n in chosen.counts.items()]
     print_table(f"{limit.most:,g} {chosen.unit}", ("format", "linears"), rows)
+    if chosen.tried:
+        told = " -> ".join(f"{row.kl:.4g}" for row in chosen.tried)
+        best = min(row.kl for row in chosen.tried)
+        out.print(f"KL of a token of the calibration data: {told}; taken: {best:.4g}", markup=False)
     costs: dict[str, Any] = dict(chosen.costs)
     told = [f"weights {size(int(costs.pop('bytes')))}"]
     if "latency" in costs:

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs of a model whose linears have been chosen: a block as it is then, and what happens
+to first order if one of them takes another candidate.
+
+    shift    sum of g * (y' - y)    g the gradient of KL(p || p') to the outputs y of a linear, p'
+                                    of the model with all choices; y' what another candidate makes
+
+Roundings of inputs pass gradients on as they are, and gradients of experts are those of experts
+that are left alone.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from jqx.auto import NONE
+from jqx.auto.simulated import Simulated
+from jqx.auto.taps import Outputs, tap, tapped
+from jqx.transforms.interpret import Met
+
+from .scoring import EXPERTS, Linears, Program, Sums, log_predicted, plain_block, with_sums
+
+Picked = Mapping[str, Int32[Array, ""]]
+"""Linear by its name in the block, or EXPERTS -> the number of its candidate in `order`."""
+
+
+def order(candidates: Iterable[str]) -> list[str]:
+    """Candidates as they are numbered here: by their names, as programs are given them, and NONE
+    last.
+    """
+    return [*sorted(candidates), NONE]
+
+
+@partial(jax.jit, static_argnames=("program",))
+def chosen_block(
+    params: Any,
+    h: Float[Array, "b t k"],
+    linears: Linears,
+    picked: Picked,
+    changes: Mapping[str, Sums] | None = None,
+    *,
+    program: Program,
+) -> Float[Array, "b t k"]:
+    """The states after a block with the linears `picked`; `changes`: of the sums of its experts, by
+    candidate.
+    """
+    run = partial(_block, program, _Sums.of(changes, picked))
+    return tapped(run, {}, _product, _base(linears, picked))(params, {}, h, (params, None))
+
+
+@partial(jax.jit, static_argnames=("program",))
+def block_shifts(
+    params: Any,
+    h: Float[Array, "b t k"],
+    g: Float[Array, "b t k"],
+    given: tuple[Linears, Picked],
+    changes: Mapping[str, Sums] | None = None,
+    *,
+    program: Program,
+) -> tuple[Float[Array, "b t k"], dict[str, list[Float32[Array, ""]]]]:
+    """The gradient to the states before a block, `g` being that to the states after it, and the
+    shifts of its linears, and of EXPERTS, to every candidate in `order`. `given` and `changes` are
+    those of `chosen_block`.
+    """
+    linears, picked = given
+    rows, sums = _rows(linears), _Sums.of(changes, picked)
+    outputs = {f"{p}.weight": [*(row.outputs for row in own), _plain] for p, own in rows.items()}
+    taps = {path: [jnp.float32(0) for _ in own] for path, own in outputs.items()}
+    own = None if sums is None else [jnp.float32(0) for _ in sums.changes]
+    run = tapped(partial(_block, program, sums), outputs, _product, _base(linears, picked))
+    stacks = {} if sums is None else params  # beside those that are followed to their products
+    _, back = jax.vjp(lambda taps, own, h: run(params, taps, h, (stacks, own)), taps, own, h)
+    found, of_experts, to_states = back(g.astype(h.dtype))
+    shifts = {path: found[f"{path}.weight"] for path in rows}
+    return to_states, shifts if sums is None else shifts | {EXPERTS: of_experts}
+
+
+class _Sums(NamedTuple):
+    """What the sums of experts change by with every candidate, 0 last, and with the one picked."""
+
+    changes: list[Sums]
+    mine: Sums
+
+    @classmethod
+    def of(cls, changes: Mapping[str, Sums] | None, picked: Picked) -> "_Sums | None":
+        if not changes:
+            return None
+        every = [changes[name] for name in sorted(changes)]
+        every.append(jnp.zeros_like(every[0]))
+        return cls(every, lax.select_n(picked[EXPERTS], *every))
+
+
+def _block(
+    program: Program, sums: _Sums | None, params: Any, h: Array, given: tuple[Any, Any]
+) -> Array:
+    """A block, with a tap at the sums of its experts: `given` are their parameters, and taps."""
+    if sums is None:
+        return plain_block(program, params, h)
+    stacks, taps = given
+
+    def change(total: Array) -> Array:
+        y = total + sums.mine
+        if taps is None:
+            return y
+        return tap(_product, y, [each - sums.mine for each in sums.changes], taps)
+
+    return with_sums(program, params, h, stacks, change)
+
+
+def _rows(linears: Linears) -> dict[str, list[Simulated]]:
+    """Linear -> what it is with every candidate."""
+    paths = dict.fromkeys(path for row in linears.values() for path in row)
+    return {path: [linears[name][path] for name in sorted(linears)] for path in paths}
+
+
+def _base(linears: Linears, picked: Picked) -> dict[str, Outputs]:
+    return {f"{p}.weight": partial(_picked, own, picked[p]) for p, own in _rows(linears).items()}
+
+
+def _plain(met: Met) -> Array:
+    return met.apply(met.x, met.w)
+
+
+def _picked(rows: Sequence[Simulated], number: Array, met: Met) -> Array:
+    """The result of a product with one candidate; no other is computed."""
+    ways = [*(partial(_operands, row, met) for row in rows), lambda: (met.x, met.w)]
+    return met.apply(*lax.switch(number, ways))
+
+
+def _operands(row: Simulated, met: Met) -> tuple[Array, Array]:
+    x = met.x.astype(row.weight.dtype)
+    p = row.pre_quant_scale
+    scaled = x if p is None else x * jnp.broadcast_to(p, x.shape)
+    weight = row.weight.T if met.use.weight_axes == (0,) else row.weight
+    rounded = _rounded(scaled, row.inputs(x).astype(scaled.dtype))
+    return rounded.astype(met.x.dtype), weight.astype(met.w.dtype)
+
+
+@jax.custom_vjp
+def _rounded(x: Array, y: Array) -> Array:
+    """`y`, of which the gradient is that of `x`."""
+    return y
+
+
+_rounded.defvjp(lambda x, y: (y, None), lambda _, g: (g, jnp.zeros_like(g)))
+
+
+def _product(g: Array, change: Array) -> Float32[Array, ""]:
+    return jnp.sum(g.astype(jnp.float32) * change.astype(jnp.float32))
+
+
+@partial(jax.jit, static_argnames=("program",))
+def divergence_gradient(
+    params: Any,
+    h: Float[Array, "c k"],
+    changed: Float[Array, "c k"],
+    share: Float32[Array, "c"],
+    *,
+    program: Program,
+) -> tuple[Float[Array, "c k"], Float32[Array, ""]]:
+    """The gradient to the states `changed` after the last block, and the value, of the sum of
+    KL(p || p') over tokens, each times its `share`: p is predicted by the states `h`.
+    """
+    log_mine = log_predicted(program, params, h)
+
+    def divergence(changed: Array) -> Array:
+        each = jnp.sum(
+            jnp.exp(log_mine) * (log_mine - log_predicted(program, params, changed)), axis=-1
+        )
+        return jnp.sum(jnp.where(share > 0, each, 0) * share)
+
+    value, gradient = jax.value_and_grad(divergence)(changed)
+    return gradient, value
