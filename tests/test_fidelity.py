@@ -76,7 +76,16 @@ def length_matters(case: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("case", [case for case in CONFIGS if not length_matters(case)])
+FIRST = {CONFIGS[case]["model_type"]: case for case in reversed(CONFIGS)}
+BY_TOKEN = [
+    pytest.param(case, marks=() if case in FIRST.values() else pytest.mark.slow, id=case)
+    for case in CONFIGS
+    if not length_matters(case)
+]
+"""One case of every model type; the rest takes minutes."""
+
+
+@pytest.mark.parametrize("case", BY_TOKEN)
 def test_a_token_at_a_time_as_the_whole_text(case):
     """Two texts of different lengths, so one is padded on the left."""
     ids, whole = np.asarray(IDS), logits_of(case)
