@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import jqx_interop as ji
 from jqx.auto import NONE
+from jqx.errors import InputError
 from jqx.models import block_prefix, forward
 from jqx.transforms.interpret import PRODUCTS, Acts, Walk, interpret
 from jqx.transforms.primitives import PRIMITIVES
@@ -292,4 +293,6 @@ def test_the_command_tells_what_it_measured(model, tmp_path):
 def test_scores_in_no_unit_have_no_rounds(model, tmp_path):
     words = ("auto", str(model), str(tmp_path / "out"), "--bits", "9", "--rounds", "1")
     refused(*words, "--calib", model.with_name("llama-ids.npy"), saying="--method fisher or kl")
+    with pytest.raises(InputError, match="-1 rounds are asked for: give 0 or more"):
+        refined(scores_of(model), LIMIT, -1, folder_of(model), Silent())
     assert not (tmp_path / "out").exists()

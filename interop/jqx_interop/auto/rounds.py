@@ -32,7 +32,7 @@ from jqx_interop.progress import Progress
 from .changes import Changes
 from .choosing import Chosen, Limit, Tried, chosen
 from .passes import Passes, Task
-from .run import FILE, Scored
+from .run import FILE, Scored, kept_in
 from .shifts import Picked, block_shifts, chosen_block, divergence_gradient, order
 
 DIVERGENCES = ("fisher", "kl")
@@ -44,8 +44,11 @@ def refined(scored: Scored, limit: Limit, rounds: int, folder: Path, progress: P
     """The best of `1 + rounds` choices within `limit`; `folder`: of the scores, beside which rounds
     are kept.
 
-    Raises InputError for scores that are no divergences, and as `chosen` does.
+    Raises InputError for fewer than no rounds, for scores that are no divergences, and as `chosen`
+    does.
     """
+    if rounds < 0:
+        raise InputError(f"{rounds} rounds are asked for: give 0 or more")
     first = chosen(scored, limit)
     if not rounds:
         return first
@@ -57,9 +60,8 @@ def refined(scored: Scored, limit: Limit, rounds: int, folder: Path, progress: P
     facts = _facts(folder, limit, rounds)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     place = folder / f"rounds-{key}"
-    if not (place / "rounds.json").is_file():
-        _run(scored, limit, first, (rounds, place, facts), progress)
-    kept = json.loads((place / "rounds.json").read_text(encoding="utf-8"))
+    if (kept := kept_in(place / "rounds.json", facts)) is None:
+        kept = _run(scored, limit, first, (rounds, place, facts), progress)
     tried = tuple(Tried(kl=row["kl"], choices=row["choices"]) for row in kept["tried"])
     best = min(tried, key=lambda row: row.kl)
     return replace(chosen(scored, limit, best.choices), tried=tried)
@@ -84,7 +86,7 @@ def _run(
     first: Chosen,
     asked: tuple[int, Path, dict[str, Any]],
     progress: Progress,
-) -> None:
+) -> dict[str, Any]:
     rounds, place, facts = asked
     job = scored.candidates[0].job
     with Workspace(place, job.checkpoint.path) as space:
@@ -112,9 +114,11 @@ def _run(
                 found.append(interactions(scored.scores, choices, shifts))
                 better = _corrected(scored.scores, found)
                 choices = chosen(replace(scored, method="fisher", scores=better), limit).choices
-        told = json.dumps({"facts": facts, "tried": tried}, indent=1)
-        (space.files / "rounds.json").write_text(told + "\n", encoding="utf-8")
+        kept = {"facts": facts, "tried": tried}
+        told = json.dumps(kept, indent=1) + "\n"
+        (space.files / "rounds.json").write_text(told, encoding="utf-8")
         space.publish()
+    return kept
 
 
 def interactions(
@@ -186,7 +190,7 @@ class _Rounds(Passes):
         """The divergence of a token of the model with `choices`."""
         if number in self._done.kl:
             return self._done.kl[number]
-        self._progress.phase(f"round {number}: forward", self.blocks * self.count)
+        self._progress.phase(f"choice {number + 1}: forward", self.blocks * self.count)
         for i in range(self.blocks):
             params, linears, picked = self.params(i), self._all(i), self._picked(i, choices)
             changes = Changes(self, i, range(self.count), params)
@@ -235,7 +239,7 @@ class _Rounds(Passes):
         done = {i: s for (r, i), s in self._done.shifts.items() if r == number}
         left = self.blocks - len(done)
         if left:
-            self._progress.phase(f"round {number}: backward", left * self.count)
+            self._progress.phase(f"choice {number + 1}: backward", left * self.count)
         for i in reversed(range(self.blocks)):
             if i not in done:
                 done[i] = self._back(i, choices)

@@ -102,7 +102,7 @@ def scored(
         "method": method,
         "disabled": sorted(scoring.disabled),
     }
-    kept = _kept(folder / "scores" / FILE, facts)
+    kept = kept_in(folder / "scores" / FILE, facts)
     if kept is None:
         kept = _score(base, candidates, groups, data, (folder, facts, progress))
     return Scored(
@@ -155,8 +155,10 @@ def _facts(job: Job, candidates: Sequence[Candidate], data: CalibrationSet) -> d
     }
 
 
-def _kept(path: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Scores that were kept; None where there are none."""
+def kept_in(path: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was kept of the same `facts` in the file `path`; None where there is none. Raises
+    InputError for a file that is no JSON or of something else.
+    """
     if not path.is_file():
         return None
     try:
