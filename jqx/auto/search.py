@@ -105,7 +105,7 @@ def optimum(groups: Sequence[Group], budget: Budget) -> Found:
     for size in sizes:
         picked.append(int(np.argmax(solved.x[start : start + size])))
         start += size
-    return _found(groups, picked, budget)
+    return found_of(groups, picked, budget.fixed)
 
 
 @contextmanager
@@ -131,10 +131,10 @@ def bisected(groups: Sequence[Group], budget: Budget) -> Found:
     _check(groups, budget)
     low = min((s for group in groups for s in group.scores), default=0.0)
     high = max((s for group in groups for s in group.scores), default=0.0)
-    best = _found(groups, [int(np.argmin(group.costs)) for group in groups], budget)
+    best = found_of(groups, [int(np.argmin(group.costs)) for group in groups], budget.fixed)
     for _ in range(BISECTIONS):
         threshold = (low + high) / 2
-        found = _found(groups, [_cheapest(group, threshold) for group in groups], budget)
+        found = found_of(groups, [_cheapest(g, threshold) for g in groups], budget.fixed)
         if found.cost <= budget.most:
             best, high = found, threshold
         else:
@@ -174,12 +174,13 @@ def _cheapest(group: Group, threshold: float) -> int:
     return min(fitting, key=lambda c: group.costs[c])
 
 
-def _found(groups: Sequence[Group], picked: Sequence[int], budget: Budget) -> Found:
+def found_of(groups: Sequence[Group], picked: Sequence[int], fixed: float) -> Found:
+    """The choice of the candidates with these numbers; `fixed`: what costs beside them."""
     pairs = list(zip(groups, picked, strict=True))
     return Found(
         choices={group.name: group.candidates[c] for group, c in pairs},
         score=float(sum(group.scores[c] for group, c in pairs)),
-        cost=budget.fixed + float(sum(group.costs[c] for group, c in pairs)),
+        cost=fixed + float(sum(group.costs[c] for group, c in pairs)),
     )
 
 

@@ -12,7 +12,7 @@ from jqx.config import Choice
 from jqx.errors import InputError
 
 from .mixing import NONE
-from .search import SOLVERS, Budget, Found, Group, curve, monotone
+from .search import SOLVERS, Budget, Found, Group, curve, found_of, monotone
 from .weighting import PLAIN_BITS, Weighting, bits_of
 
 BIT_COUNTS = {"modelopt": (False, True), "quantizable": (True, False)}
@@ -42,8 +42,7 @@ class Way:
 
     def cost(self, found: Found) -> float:
         """What a choice costs."""
-        picked = ((g, g.candidates.index(found.choices[g.name])) for g in self.groups)
-        return (sum(g.costs[c] for g, c in picked) + self.fixed) / self.per
+        return self.found(found.choices).cost / self.per
 
     def best(self, most: float, method: str) -> Found:
         """The choice that costs at most so much, as is usual for scores of a method."""
@@ -52,11 +51,8 @@ class Way:
 
     def found(self, choices: Mapping[str, str]) -> Found:
         """A choice that is given, every linear's candidate, with its score and cost."""
-        mine = {group.name: choices[group.name] for group in self.groups}
-        picked = [(g, g.candidates.index(mine[g.name])) for g in self.groups]
-        score = float(sum(g.scores[c] for g, c in picked))
-        cost = self.fixed + float(sum(g.costs[c] for g, c in picked))
-        return Found(choices=mine, score=score, cost=cost)
+        picked = [group.candidates.index(choices[group.name]) for group in self.groups]
+        return found_of(self.groups, picked, self.fixed)
 
     def members(self, found: Found) -> dict[str, str]:
         """Every linear's part in a choice."""

@@ -105,14 +105,8 @@ def chosen(scored: Scored, limit: Limit, choices: Mapping[str, str] | None = Non
     Raises InputError for another way to count, and for less than can be reached, with the least and
     another way.
     """
-    ways = ways_of(scored, limit.weighting, limit.table)
-    if limit.count == LATENCY and limit.table is None:
-        raise InputError("latency is counted from a table: give one (--latency-table FILE)")
-    if limit.count not in ways:
-        raise nearest(limit.count, (*ways, LATENCY), "way to count")
+    ways = _checked_ways(scored, limit)
     way = ways[limit.count]
-    _check_number(limit.most, way)
-    _check_reachable(limit.most, way, ways)
     found = way.found(choices) if choices else way.best(limit.most, scored.method)
     choices = way.members(found)
     return Chosen(
@@ -125,6 +119,26 @@ def chosen(scored: Scored, limit: Limit, choices: Mapping[str, str] | None = Non
         curve=way.curve(),
         recipe=composed(f"auto-{limit.most:g}", scored.candidates, choices),
     )
+
+
+def choices_within(scored: Scored, limit: Limit) -> dict[str, str]:
+    """The `choices` of `chosen` alone."""
+    way = _checked_ways(scored, limit)[limit.count]
+    return way.members(way.best(limit.most, scored.method))
+
+
+def _checked_ways(scored: Scored, limit: Limit) -> dict[str, Way]:
+    """All ways to count, among them one that `limit` is reached in. Raises InputError as `chosen`
+    does.
+    """
+    ways = ways_of(scored, limit.weighting, limit.table)
+    if limit.count == LATENCY and limit.table is None:
+        raise InputError("latency is counted from a table: give one (--latency-table FILE)")
+    if limit.count not in ways:
+        raise nearest(limit.count, (*ways, LATENCY), "way to count")
+    _check_number(limit.most, ways[limit.count])
+    _check_reachable(limit.most, ways[limit.count], ways)
+    return ways
 
 
 def _check_number(most: float, way: Way) -> None:

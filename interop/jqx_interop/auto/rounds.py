@@ -30,10 +30,11 @@ from jqx_interop.checkpoints import Workspace
 from jqx_interop.progress import Progress
 
 from .changes import Changes
-from .choosing import Chosen, Limit, Tried, chosen
+from .choosing import Chosen, Limit, Tried, choices_within, chosen
 from .passes import Passes, Task
 from .run import FILE, Scored, kept_in
-from .shifts import Picked, block_shifts, chosen_block, divergence_gradient, order
+from .scoring import divergence_gradient
+from .shifts import Picked, block_shifts, chosen_block, order
 
 DIVERGENCES = ("fisher", "kl")
 """Methods whose scores are divergences, to which interactions can be added."""
@@ -49,9 +50,8 @@ def refined(scored: Scored, limit: Limit, rounds: int, folder: Path, progress: P
     """
     if rounds < 0:
         raise InputError(f"{rounds} rounds are asked for: give 0 or more")
-    first = chosen(scored, limit)
     if not rounds:
-        return first
+        return chosen(scored, limit)
     if scored.method not in DIVERGENCES:
         raise InputError(
             f"rounds correct scores that are divergences, and those of {scored.method!r} are not: "
@@ -61,7 +61,7 @@ def refined(scored: Scored, limit: Limit, rounds: int, folder: Path, progress: P
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     place = folder / f"rounds-{key}"
     if (kept := kept_in(place / "rounds.json", facts)) is None:
-        kept = _run(scored, limit, first, (rounds, place, facts), progress)
+        kept = _run(scored, limit, (rounds, place, facts), progress)
     tried = tuple(Tried(kl=row["kl"], choices=row["choices"]) for row in kept["tried"])
     best = min(tried, key=lambda row: row.kl)
     return replace(chosen(scored, limit, best.choices), tried=tried)
@@ -83,7 +83,6 @@ def _facts(folder: Path, limit: Limit, rounds: int) -> dict[str, Any]:
 def _run(
     scored: Scored,
     limit: Limit,
-    first: Chosen,
     asked: tuple[int, Path, dict[str, Any]],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def _run(
             folder=space.directory,
             method="kl",
         )
-        passes, choices = _Rounds(task, space, records, progress), first.choices
+        passes, choices = _Rounds(task, space, records, progress), choices_within(scored, limit)
         tried: list[dict[str, Any]] = []
         found: list[Scores] = []
         for number in range(rounds + 1):
@@ -113,7 +112,7 @@ def _run(
                 shifts = passes.shifts(number, choices)
                 found.append(interactions(scored.scores, choices, shifts))
                 better = _corrected(scored.scores, found)
-                choices = chosen(replace(scored, method="fisher", scores=better), limit).choices
+                choices = choices_within(replace(scored, method="fisher", scores=better), limit)
         kept = {"facts": facts, "tried": tried}
         told = json.dumps(kept, indent=1) + "\n"
         (space.files / "rounds.json").write_text(told, encoding="utf-8")

@@ -211,14 +211,13 @@ def head_gradient(
     """
 
     def loss(h: Array) -> Array:
-        return _entropy(log_predicted(program, params, h), targets, share)
+        return _entropy(_log_p(program, params, h), targets, share)
 
     value, gradient = jax.value_and_grad(loss)(h)
     return gradient, value
 
 
-def log_predicted(program: Program, params: Any, h: Array) -> Float[Array, "c v"]:
-    """What the states after the last block predict."""
+def _log_p(program: Program, params: Any, h: Array) -> Float[Array, "c v"]:
     return jax.nn.log_softmax(head(program.spec, params, h[None], program.compute)[0])
 
 
@@ -247,7 +246,7 @@ def head_draw(
     targets, share, key = given
 
     def loss(h: Array) -> tuple[Array, Array]:
-        log_p = log_predicted(program, params, h)
+        log_p = _log_p(program, params, h)
         fixed = jax.lax.stop_gradient(jnp.exp(log_p / 2)) * signs(key, log_p.shape)
         drawn = jnp.sum(jnp.where(share > 0, jnp.sum(fixed * log_p, axis=-1), 0))
         return drawn, _entropy(log_p, targets, share)
@@ -267,11 +266,34 @@ def head_divergence(
     """The sum of KL(p || p') over tokens, each times its `share`: p is predicted by the states `h`
     after the last block, p' by each of `changed`.
     """
-    log_mine = log_predicted(program, params, h)
+    log_mine = _log_p(program, params, h)
 
     def divergence(other: Array) -> Array:
-        log_other = log_predicted(program, params, other)
-        each = jnp.sum(jnp.exp(log_mine) * (log_mine - log_other), axis=-1)
-        return jnp.sum(jnp.where(share > 0, each, 0) * share)
+        return _divergence(log_mine, _log_p(program, params, other), share)
 
     return jax.lax.map(divergence, changed)
+
+
+@partial(jax.jit, static_argnames=("program",))
+def divergence_gradient(
+    params: Any,
+    h: Float[Array, "c k"],
+    changed: Float[Array, "c k"],
+    share: Float32[Array, "c"],
+    *,
+    program: Program,
+) -> tuple[Float[Array, "c k"], Float32[Array, ""]]:
+    """The gradient to `changed` of what `head_divergence` finds of it, and that."""
+    log_mine = _log_p(program, params, h)
+
+    def divergence(changed: Array) -> Array:
+        return _divergence(log_mine, _log_p(program, params, changed), share)
+
+    value, gradient = jax.value_and_grad(divergence)(changed)
+    return gradient, value
+
+
+def _divergence(log_mine: Array, log_other: Array, share: Array) -> Float32[Array, ""]:
+    """The sum of KL(p || p') over tokens, each times its share."""
+    each = jnp.sum(jnp.exp(log_mine) * (log_mine - log_other), axis=-1)
+    return jnp.sum(jnp.where(share > 0, each, 0) * share)

@@ -23,7 +23,7 @@ from jqx.auto.simulated import Simulated
 from jqx.auto.taps import Outputs, tap, tapped
 from jqx.transforms.interpret import Met
 
-from .scoring import EXPERTS, Linears, Program, Sums, log_predicted, plain_block, with_sums
+from .scoring import EXPERTS, Linears, Program, Sums, plain_block, with_sums
 
 Picked = Mapping[str, Int32[Array, ""]]
 """Linear by its name in the block, or EXPERTS -> the number of its candidate in `order`."""
@@ -152,27 +152,3 @@ _rounded.defvjp(lambda x, y: (y, None), lambda _, g: (g, jnp.zeros_like(g)))
 
 def _product(g: Array, change: Array) -> Float32[Array, ""]:
     return jnp.sum(g.astype(jnp.float32) * change.astype(jnp.float32))
-
-
-@partial(jax.jit, static_argnames=("program",))
-def divergence_gradient(
-    params: Any,
-    h: Float[Array, "c k"],
-    changed: Float[Array, "c k"],
-    share: Float32[Array, "c"],
-    *,
-    program: Program,
-) -> tuple[Float[Array, "c k"], Float32[Array, ""]]:
-    """The gradient to the states `changed` after the last block, and the value, of the sum of
-    KL(p || p') over tokens, each times its `share`: p is predicted by the states `h`.
-    """
-    log_mine = log_predicted(program, params, h)
-
-    def divergence(changed: Array) -> Array:
-        each = jnp.sum(
-            jnp.exp(log_mine) * (log_mine - log_predicted(program, params, changed)), axis=-1
-        )
-        return jnp.sum(jnp.where(share > 0, each, 0) * share)
-
-    value, gradient = jax.value_and_grad(divergence)(changed)
-    return gradient, value
