@@ -24,7 +24,7 @@ neighbours share.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +80,8 @@ def run_block(
     experts.
     """
     if change is not None:
-        return with_sums(program, params, h, params, lambda total: total + change)
-    run = partial(plain_block, program)
+        return _mixture(program, params, h, params, lambda total: total + change)
+    run = partial(_block, program)
     if linears:
         run = simulated(run, _by_weight(linears))
     return run(params, h)
@@ -95,15 +95,14 @@ def _positions(h: Array) -> Int[Array, "b t"]:
     return jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None, :], h.shape[:2])
 
 
-def plain_block(program: Program, params: Any, h: Array) -> Array:
-    """The states after a block."""
+def _block(program: Program, params: Any, h: Array) -> Array:
     return block(program.spec, program.kind, params, h, _positions(h), program.compute)
 
 
-def with_sums(
+def _mixture(
     program: Program, params: Any, h: Array, stacks: Any, change: Callable[[Array], Array]
 ) -> Array:
-    """`plain_block` of a block with experts, whose sums change; `stacks` has their parameters."""
+    """`_block` of a block with experts, whose sums change; `stacks` has their parameters."""
     same = program.spec, program.kind
     found = front(*same, params, h, _positions(h), program.compute)
     total = change(expert_sums(*same, stacks, found.given, program.compute))
@@ -170,31 +169,56 @@ def block_scores(
     zero = jax.eval_shape(reduce, h, h)
     taps = {p: [jnp.zeros(zero.shape, zero.dtype) for _ in row] for p, row in outputs.items()}
     own = [jnp.zeros(zero.shape, zero.dtype) for _ in changes or ()]
-    run = tapped(partial(_tapped, program, reduce, [*(changes or {}).values()]), outputs, reduce)
-    stacks = params if changes else {}  # beside those that are followed to their products
-    _, back = jax.vjp(lambda taps, own, h: run(params, taps, h, (stacks, own)), taps, own, h)
-    found, of_experts, to_states = back(g.astype(h.dtype))
+    sums = ExpertSums([*changes.values()]) if changes else None
+    run = tapped(partial(tapped_block, program, reduce, sums), outputs, reduce)
+    found, of_experts, to_states = gone_back(run, params, (taps, own), h, g)
     given = {p: dict(zip(row, found[f"{p}.weight"], strict=True)) for p, row in mine.items()}
     if changes:
         given[EXPERTS] = dict(zip(changes, of_experts, strict=True))
     return to_states, given
 
 
-def _tapped(
+def gone_back(
+    run: Callable[..., Array], params: Any, taps: tuple[Any, list[Array]], h: Array, g: Array
+) -> tuple[Any, list[Array], Array]:
+    """What comes to the taps of linears, to those of the sums of experts and to the states `h` of a
+    `tapped_block`, of the gradient `g` to the states after it.
+    """
+    linears, own = taps
+    stacks = params if own else {}  # beside those that are followed to their products
+    _, back = jax.vjp(lambda taps, own, h: run(params, taps, h, (stacks, own)), linears, own, h)
+    return back(g.astype(h.dtype))
+
+
+class ExpertSums(NamedTuple):
+    """The sums of the experts of a block: the `changes` that have taps, and what is added to them
+    in the first place.
+    """
+
+    changes: list[Sums]
+    mine: Sums | None = None
+
+
+def tapped_block(
     program: Program,
     reduce: Reduce,
-    changes: list[Array],
+    sums: ExpertSums | None,
     params: Any,
     h: Array,
-    given: tuple[Any, list[Array]],
+    given: tuple[Any, list[Array] | None],
 ) -> Array:
-    """`plain_block`, with a tap at the sums of its experts if there are changes of them: `given`
-    are the parameters of experts, and a tap for every change.
+    """A block, with taps at the sums of its experts if there are `sums`: `given` are the parameters
+    of experts, and a tap for every change, or None without.
     """
-    if not changes:
-        return plain_block(program, params, h)
+    if sums is None:
+        return _block(program, params, h)
     stacks, taps = given
-    return with_sums(program, params, h, stacks, lambda y: tap(reduce, y, changes, taps))
+
+    def change(total: Array) -> Array:
+        y = total if sums.mine is None else total + sums.mine
+        return y if taps is None else tap(reduce, y, sums.changes, taps)
+
+    return _mixture(program, params, h, stacks, change)
 
 
 @partial(jax.jit, static_argnames=("program",))

@@ -11,7 +11,7 @@ that are left alone.
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jqx.auto import NONE
 from jqx.auto.simulated import Simulated
-from jqx.auto.taps import Outputs, tap, tapped
+from jqx.auto.taps import Outputs, tapped
 from jqx.transforms.interpret import Met
 
-from .scoring import EXPERTS, Linears, Program, Sums, plain_block, with_sums
+from .scoring import EXPERTS, ExpertSums, Linears, Program, Sums, gone_back, tapped_block
 
 Picked = Mapping[str, Int32[Array, ""]]
 """Linear by its name in the block, or EXPERTS -> the number of its candidate in `order`."""
@@ -49,7 +49,7 @@ def chosen_block(
     """The states after a block with the linears `picked`; `changes`: of the sums of its experts, by
     candidate.
     """
-    run = partial(_block, program, _Sums.of(changes, picked))
+    run = partial(tapped_block, program, _product, _sums(changes, picked))
     return tapped(run, {}, _product, _base(linears, picked))(params, {}, h, (params, None))
 
 
@@ -68,48 +68,25 @@ def block_shifts(
     those of `chosen_block`.
     """
     linears, picked = given
-    rows, sums = _rows(linears), _Sums.of(changes, picked)
+    rows, sums = _rows(linears), _sums(changes, picked)
     outputs = {f"{p}.weight": [*(row.outputs for row in own), _plain] for p, own in rows.items()}
     taps = {path: [jnp.float32(0) for _ in own] for path, own in outputs.items()}
-    own = None if sums is None else [jnp.float32(0) for _ in sums.changes]
-    run = tapped(partial(_block, program, sums), outputs, _product, _base(linears, picked))
-    stacks = {} if sums is None else params  # beside those that are followed to their products
-    _, back = jax.vjp(lambda taps, own, h: run(params, taps, h, (stacks, own)), taps, own, h)
-    found, of_experts, to_states = back(g.astype(h.dtype))
+    own = [] if sums is None else [jnp.float32(0) for _ in sums.changes]
+    whole = partial(tapped_block, program, _product, sums)
+    run = tapped(whole, outputs, _product, _base(linears, picked))
+    found, of_experts, to_states = gone_back(run, params, (taps, own), h, g)
     shifts = {path: found[f"{path}.weight"] for path in rows}
     return to_states, shifts if sums is None else shifts | {EXPERTS: of_experts}
 
 
-class _Sums(NamedTuple):
-    """What the sums of experts change by with every candidate, 0 last, and with the one picked."""
-
-    changes: list[Sums]
-    mine: Sums
-
-    @classmethod
-    def of(cls, changes: Mapping[str, Sums] | None, picked: Picked) -> "_Sums | None":
-        if not changes:
-            return None
-        every = [changes[name] for name in sorted(changes)]
-        every.append(jnp.zeros_like(every[0]))
-        return cls(every, lax.select_n(picked[EXPERTS], *every))
-
-
-def _block(
-    program: Program, sums: _Sums | None, params: Any, h: Array, given: tuple[Any, Any]
-) -> Array:
-    """A block, with a tap at the sums of its experts: `given` are their parameters, and taps."""
-    if sums is None:
-        return plain_block(program, params, h)
-    stacks, taps = given
-
-    def change(total: Array) -> Array:
-        y = total + sums.mine
-        if taps is None:
-            return y
-        return tap(_product, y, [each - sums.mine for each in sums.changes], taps)
-
-    return with_sums(program, params, h, stacks, change)
+def _sums(changes: Mapping[str, Sums] | None, picked: Picked) -> ExpertSums | None:
+    """What the sums of experts change by from what they are with the candidate picked."""
+    if not changes:
+        return None
+    every = [changes[name] for name in sorted(changes)]
+    every.append(jnp.zeros_like(every[0]))
+    mine = lax.select_n(picked[EXPERTS], *every)
+    return ExpertSums([each - mine for each in every], mine)
 
 
 def _rows(linears: Linears) -> dict[str, list[Simulated]]:
