@@ -10,13 +10,12 @@ Scales are those of the weight before the first column, so what was rounded is s
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_batching import sequential_vmap
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from jqx.errors import InputError
 from jqx.formats import Format, check_divides
@@ -31,9 +30,13 @@ from .weighted import weighted_amax
 SCALES = ("plain", "weighted")
 MOST_DAMPING = 1e3
 """Damping, in mean diagonals, at which a Gram matrix counts as of no use."""
-LEAF = 64  # rows of a triangle that is inverted at once
+LEAVES, LEAF, LARGEST_LEAF = 64, 32, 256
+"""Into how many parts a matrix is divided, and how many rows of it are eliminated one by one."""
+INNER, PANEL = 16, 512
+"""Columns that change one another one by one, and those that do in blocks of one loop."""
 
 _Nearest = Callable[[Float32[Array, "n"], Int32[Array, ""]], Float32[Array, "n"]]
+_Both = tuple[Float32[Array, "k n"], Float32[Array, "k n"]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,44 +105,76 @@ def check_gram(stats: Mapping[str, Any]) -> None:
             raise InputError(f"the second moments of the inputs ({kind}) are all zero")
 
 
-@sequential_vmap
 def inverse_root(
     h: Float32[Array, "k k"], damping: float | Float32[Array, ""]
 ) -> tuple[Float32[Array, "k k"], Float32[Array, ""]]:
     """Upper triangular U with U^T U = (h + damping I)^-1, and the damping that it took; the
     identity and infinity where none up to `MOST_DAMPING` was enough.
-
-    With rows and columns in reverse order the root of h is a lower one, and its inverse is U in
-    reverse order: one factorization and one triangular inverse. Under `vmap` one matrix is done
-    after the other: on a CPU factorizations of several wait for threads that wait for them.
     """
-    turned, eye = h[::-1, ::-1], jnp.eye(h.shape[0], dtype=jnp.float32)
+    eye = jnp.eye(h.shape[0], dtype=jnp.float32)
 
-    def root(d: Array) -> tuple[Array, Array]:
-        return d, jnp.linalg.cholesky(turned + d * eye)
+    def another(tried: _Tried) -> _Tried:
+        u = _root(h + tried.next * eye)
+        return _Tried(10 * tried.next, tried.next, u, jnp.isfinite(jnp.sum(jnp.abs(u))))
 
-    def failed(state: tuple[Array, Array]) -> Array:
-        return ~jnp.all(jnp.isfinite(state[1])) & (state[0] < MOST_DAMPING)
+    def failed(tried: _Tried) -> Array:
+        return ~tried.found & (tried.damping < MOST_DAMPING)
 
-    d, lower = lax.while_loop(failed, lambda s: root(10 * s[0]), root(jnp.float32(damping)))
-    inverse = _inverse(lower)
-    found = jnp.all(jnp.isfinite(inverse))
-    return jnp.where(found, inverse[::-1, ::-1], eye), jnp.where(found, d, jnp.float32(jnp.inf))
+    none = _Tried(jnp.float32(damping), jnp.float32(0), h, jnp.asarray(False))
+    last = lax.while_loop(failed, another, none)
+    d = jnp.where(last.found, last.damping, jnp.float32(jnp.inf))
+    return jnp.where(last.found, last.root, eye), d
 
 
-def _inverse(lower: Float32[Array, "k k"]) -> Float32[Array, "k k"]:
-    """The inverse of a lower triangular matrix by halves, so that most of it is products: half the
-    time of solving for it.
+class _Tried(NamedTuple):
+    """The damping to try next, and that of the last attempt with what came out."""
+
+    next: Float32[Array, ""]
+    damping: Float32[Array, ""]
+    root: Float32[Array, "k k"]
+    found: Bool[Array, ""]
+
+
+def _root(h: Float32[Array, "k k"]) -> Float32[Array, "k k"]:
+    """U by halves, the last one first, so that most of it is products; NaN somewhere if `h` is not
+    positive definite.
+
+        h = R R^T,   U = R^-1,   R = [[R1, B], [0, R2]],   U = [[U1, -U1 B U2], [0, U2]]
+
+    LAPACK is not called: threads that its libraries leave spinning take the cores from the
+    products.
     """
-    k = lower.shape[0]
-    if k <= LEAF:
-        eye = jnp.eye(k, dtype=jnp.float32)
-        return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+    k = h.shape[0]
+    leaf = min(max(k // LEAVES, LEAF), LARGEST_LEAF)
+    if k <= leaf:
+        return _eliminated(h)
     m = -(-k // 2 // LEAF) * LEAF
-    first, last = _inverse(lower[:m, :m]), _inverse(lower[m:, m:])
-    below = jnp.matmul(lower[m:, :m], first, precision=HIGHEST)
-    below = -jnp.matmul(last, below, precision=HIGHEST)
-    return jnp.block([[first, jnp.zeros((m, k - m), jnp.float32)], [below, last]])
+    last = _root(h[m:, m:])
+    across = _product(h[:m, m:], last.T)
+    first = _root(h[:m, :m] - _product(across, across.T))
+    right = -_product(first, _product(across, last))
+    return jnp.block([[first, right], [jnp.zeros((k - m, m), jnp.float32), last]])
+
+
+def _eliminated(h: Float32[Array, "k k"]) -> Float32[Array, "k k"]:
+    """U by eliminating columns from the last to the first, beside an identity that becomes U."""
+    k = h.shape[0]
+    places = jnp.arange(k)
+
+    def column(i: Array, both: Array) -> Array:
+        j = k - 1 - i
+        pivot = jnp.sqrt(both[j, j])
+        row = both[j] / pivot
+        above = jnp.where(places < j, both[:, j] / pivot, jnp.float32(0))
+        changed = both - above[:, None] * row[None, :]
+        return jnp.where((places == j)[:, None], row[None, :], changed)
+
+    start = jnp.concatenate([h, jnp.eye(k, dtype=jnp.float32)], axis=1)
+    return lax.fori_loop(0, k, column, start)[:, k:]
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=HIGHEST)
 
 
 def _with_scales(linear: Linear, fmt: Format, stats: InputStats, params: Gptq) -> Linear:
@@ -178,8 +213,11 @@ def _nearest(linear: Linear, fmt: Format, columns: Int32[Array, "k"]) -> _Neares
     steps = jnp.repeat(steps, rows or n, axis=0)[:n].T
     codec = CODECS[fmt.element.name]
 
+    grid_rows = columns // (cols or k)
+
     def nearest(x: Array, place: Array) -> Array:
-        step = steps[columns[place] // (cols or k)]
+        row = _row(grid_rows, jnp.minimum(place, k - 1))  # columns behind it only fill a block
+        step = _row(steps, row)
         return codec.decode(codec.encode(divide(x, step), x)) * step
 
     return nearest
@@ -190,39 +228,64 @@ def _swept(
 ) -> Float32[Array, "k n"]:
     """The rounded columns, here rows of `w`."""
     k, b = w.shape[0], min(block_size, w.shape[0])
-    w = jnp.pad(w, ((0, -k % b), (0, 0)))
-    u = jnp.pad(u, ((0, -k % b), (0, -k % b)))
-    places = jnp.arange(w.shape[0])
-
-    def block(w: Array, start: Array) -> tuple[Array, Array]:
-        part, rows = (lax.dynamic_slice_in_dim(a, start, b) for a in (w, u))
-        within = lax.dynamic_slice_in_dim(rows, start, b, axis=1)
-        last = k - 1 - start  # columns behind it fill the block
-        rounded, errors = _block(
-            part, within, lambda x, i: nearest(x, start + jnp.minimum(i, last))
-        )
-        later = jnp.where(places >= start + b, rows, jnp.float32(0))
-        return w - jnp.matmul(later.T, errors, precision=HIGHEST), rounded
-
-    _, rounded = lax.scan(block, w, places[::b])
-    return rounded.reshape(w.shape)[:k]
+    sizes = (b,) if b <= INNER else (-(-b // INNER) * INNER, INNER)
+    fill = -k % sizes[0]
+    u = jnp.pad(u, (0, fill)) + jnp.diag((jnp.arange(k + fill) >= k).astype(jnp.float32))
+    return _halved(jnp.pad(w, ((0, fill), (0, 0))), u, nearest, sizes)[0][:k]
 
 
-def _block(
-    w: Float32[Array, "b n"], u: Float32[Array, "b b"], nearest: _Nearest
-) -> tuple[Float32[Array, "b n"], Float32[Array, "b n"]]:
-    """The rounded columns of one block and their errors over the diagonal of `u`, which is 0 where
-    a column is only there to fill the block.
+def _halved(w: Array, u: Array, nearest: _Nearest, sizes: tuple[int, ...], start: int = 0) -> _Both:
+    """The rounded columns and their errors: one half, then what it changes of the other, as long as
+    there are many.
     """
+    k, b = w.shape[0], sizes[0]
+    if k <= max(PANEL, b):
+        return _scanned(w, u, nearest, sizes, jnp.int32(start))
+    m = -(-k // 2 // b) * b
+    rounded, errors = _halved(w[:m], u[:m, :m], nearest, sizes, start)
+    rest = w[m:] - _product(u[:m, m:].T, errors)
+    last, after = _halved(rest, u[m:, m:], nearest, sizes, start + m)
+    return jnp.concatenate([rounded, last]), jnp.concatenate([errors, after])
+
+
+def _scanned(
+    w: Array, u: Array, nearest: _Nearest, sizes: tuple[int, ...], start: Int32[Array, ""]
+) -> _Both:
+    """The same block after block, of the largest of `sizes`; within it of the next."""
+    if not sizes:
+        return _one_by_one(w, u, nearest, start)
+
+    def block(errors: Array, at: Array) -> tuple[Array, Array]:
+        columns = lax.dynamic_slice_in_dim(u, at, sizes[0], axis=1)
+        part = lax.dynamic_slice_in_dim(w, at, sizes[0]) - _product(columns.T, errors)
+        within = lax.dynamic_slice_in_dim(columns, at, sizes[0])
+        rounded, own = _scanned(part, within, nearest, sizes[1:], start + at)
+        return lax.dynamic_update_slice_in_dim(errors, own, at, 0), rounded
+
+    places = jnp.arange(0, w.shape[0], sizes[0], dtype=jnp.int32)
+    errors, rounded = lax.scan(block, jnp.zeros_like(w), places)
+    return rounded.reshape(w.shape), errors
+
+
+def _one_by_one(w: Array, u: Array, nearest: _Nearest, start: Int32[Array, ""]) -> _Both:
+    """The same of few columns."""
     places = jnp.arange(u.shape[0])
 
     def column(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         w, rounded, errors = state
-        x = w[i]
-        q = nearest(x, i)
-        e = divide(x - q, u[i, i])
-        w = w - jnp.where(places > i, u[i], jnp.float32(0))[:, None] * e[None, :]
-        return w, rounded.at[i].set(q), errors.at[i].set(e)
+        x, root = _row(w, i), _row(u, i)
+        q = nearest(x, start + i)
+        e = divide(x - q, _row(root, i))
+        w = w - jnp.where(places > i, root, jnp.float32(0))[:, None] * e[None, :]
+        return w, _with_row(rounded, q, i), _with_row(errors, e, i)
 
     _, rounded, errors = lax.fori_loop(0, u.shape[0], column, (w, w, w))
     return rounded, errors
+
+
+def _row(a: Array, i: Array) -> Array:
+    return lax.dynamic_index_in_dim(a, i, keepdims=False)
+
+
+def _with_row(a: Array, row: Array, i: Array) -> Array:
+    return lax.dynamic_update_index_in_dim(a, row, i, 0)
