@@ -137,7 +137,7 @@ def test_how_far_off_each_is():
 def test_a_token_is_added_in_place(name):
     """A step with a donated cache neither copies it nor decodes all of it at once."""
     kind, compute = wide_kind(), replace(FLOAT32, cache=name)
-    row, slots = kind.attention, 1 << 14
+    row, slots = kind.attention, 1 << 16  # what is decoded at once is 2,048 of keys and of values
     kept = empty(kind, 1, slots, compute)
     size = sum(a.nbytes for a in jax.tree.leaves(kept))
     q = jnp.ones((row.kv_heads, row.heads // row.kv_heads, 1, 64))
@@ -150,7 +150,7 @@ def test_a_token_is_added_in_place(name):
     program = jax.jit(step, donate_argnums=0).lower(kept, q, k, where).compile()
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= size
-    assert memory.temp_size_in_bytes < size / 2
+    assert memory.temp_size_in_bytes < size / 4
     old = jax.tree.leaves(kept)
     program(kept, q, k, where)
     assert all(a.is_deleted() for a in old)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts that are searched together: each as if it were alone, whatever is beside it."""
 
+from functools import partial
 from pathlib import Path
 
 import family_checkpoints
@@ -56,8 +57,8 @@ def bits(q) -> dict[str, bytes]:
 )
 @pytest.mark.parametrize("fmt", ["int4_b32", "nvfp4"])
 def test_each_is_as_if_it_were_alone(method: str, fmt: str, lanes: int):
-    """The same codes and scales. Side by side sums may be rounded otherwise, which here moves no
-    code: a fault would move a part of them.
+    """The same codes, and scales of no other numbers than the last bits of sums. Side by side sums
+    may be rounded otherwise, which here moves no code: a fault would move a part of them.
     """
     row, steps = find_format(fmt), (Algorithm.of(method),)
     linears, stats = members()
@@ -65,7 +66,11 @@ def test_each_is_as_if_it_were_alone(method: str, fmt: str, lanes: int):
     for i in range(8):
         alone = calibrated(at(linears, i), at(stats, i), fmt=row, steps=steps)
         wanted, got = (STORED(one._replace(facts={}), fmt=row) for one in (alone, at(found, i)))
-        assert bits(got) == bits(wanted), f"expert {i}"
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            same = np.testing.assert_array_equal
+            if a.dtype == jnp.float32:  # a scale may be a quotient of two sums
+                same = partial(np.testing.assert_array_max_ulp, maxulp=4)
+            same(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize("lanes", [1, 4])

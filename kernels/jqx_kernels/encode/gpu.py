@@ -137,6 +137,8 @@ def codes(
 
 def _in_planes(w: Float[Array, "n k"], plan: _Plan) -> Float[Array, "rows planes columns"]:
     longer = stretch(w, plan.request.columns, plan.block)
+    if plan.request.interpret:  # its loops on a CPU may lose subnormal numbers of 16 bits
+        longer = longer.astype(jnp.float32)
     return longer.reshape(plan.rows, plan.planes, longer.shape[1])
 
 
