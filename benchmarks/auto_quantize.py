@@ -22,9 +22,11 @@ import numpy as np
 
 from jqx.auto import NONE, Way
 from jqx_interop.auto import Limit, Scored, Scoring, chosen, refined, scored
+from jqx_interop.auto.heads import head_divergence
+from jqx_interop.auto.mixture import forward
 from jqx_interop.auto.passes import Passes, Task
 from jqx_interop.auto.rounds import DIVERGENCES
-from jqx_interop.auto.scoring import head_divergence, run_block
+from jqx_interop.auto.scoring import run_block
 from jqx_interop.auto.ways import ways_of
 from jqx_interop.data import CalibrationSet, load_calibration
 from jqx_interop.progress import Silent
@@ -67,7 +69,7 @@ class Choices(Passes):
 
     def divergences(self, rows: Sequence[Row]) -> np.ndarray:
         """[choices, sequences]: the mean KL of a token."""
-        self.forward(Silent())
+        forward(self, Silent())
         states = self.file("hidden-choices.bin", len(rows))
         for s in range(len(rows)):
             for n in range(self.count):

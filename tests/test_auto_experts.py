@@ -3,9 +3,11 @@
 definitions, one choice for the experts of a block, budgets, and what is written.
 """
 
+import gc
 import json
 import math
 import re
+import weakref
 from pathlib import Path
 
 import family_checkpoints
@@ -22,7 +24,8 @@ from whole_model import Whole
 import jqx_interop as ji
 from jqx.auto import Weighting
 from jqx.models import Experts, kinds
-from jqx_interop.auto import Scoring, changes, gradients, scored, scoring
+from jqx_interop import routed
+from jqx_interop.auto import Scoring, gradients, heads, mixture, scored, scoring
 from jqx_interop.auto.candidates import groups_of
 from jqx_interop.auto.ways import ways_of
 from jqx_interop.calibrate import joined
@@ -96,18 +99,41 @@ def test_scores_follow_the_definition(originals, kind):
             assert found.scores[group[0]][name] == pytest.approx(wanted[i], rel=0.02), group[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("kind", ALL)
 def test_scores_beside_experts_follow_the_definition(originals, kind):
-    """Those of attention, and of what all tokens take beside experts."""
+    """Those of attention, and of what all tokens take beside experts: their gradients come through
+    experts and router.
+    """
     found = scores_of(source := originals(kind), "gradient")
-    others = [group for group in found.groups if group not in of_experts(found).values()]
-    ids = jnp.asarray(np.load(source.with_name("ids.npy")), jnp.int32)
-    wanted, loss = Whole(source, ids, others).gradient_scores(others, FORMATS)
+    whole, others = beside(source, found)
+    wanted, loss = whole.gradient_scores(others, FORMATS)
     assert found.loss == pytest.approx(loss, rel=1e-5)
     for group in others:
         for name in FORMATS:
             assert found.scores[group[0]][name] == pytest.approx(wanted[group[0]][name], rel=0.05)
+
+
+def beside(source, found):
+    """The model in one piece, and the groups that are no experts."""
+    others = [group for group in found.groups if group not in of_experts(found).values()]
+    ids = jnp.asarray(np.load(source.with_name("ids.npy")), jnp.int32)
+    return Whole(source, ids, others), others
+
+
+def test_one_expert_is_in_memory_at_a_time(model, monkeypatch):
+    """Of all whose parameters were read, the last and the one before it."""
+    read, load = [], mixture.load_expert
+
+    def loading(*args):
+        params = load(*args)
+        gc.collect()
+        assert sum(ref() is not None for ref in read) <= 1
+        read.append(weakref.ref(jax.tree.leaves(params)[0]))
+        return params
+
+    monkeypatch.setattr(mixture, "load_expert", loading)
+    scores_of(model, "gradient", "watched")
+    assert len(read) == 3 * 2 * 5  # forward, and then forward and back: two blocks of five
 
 
 def test_experts_of_a_block_are_one_choice(found):
@@ -135,9 +161,22 @@ def test_divergences_follow_the_definition(model, whole):
         assert found.scores[group[0]]["nvfp4"] == pytest.approx(wanted[i], rel=0.02), group[0]
 
 
+def test_divergences_beside_experts_follow_the_definition(model):
+    """Other rows reach experts then, and other experts."""
+    found = scores_of(model, "kl", "kl")
+    whole, others = beside(model, found)
+    for group in others:
+        wanted = 0.0
+        for number, plain in enumerate(whole.probed(n, {}) for n in range(len(whole.ids))):
+            changes = {path: whole.change(number, path, "nvfp4") for path in group}
+            other = whole.probed(number, changes)
+            wanted += float(jnp.sum(jnp.exp(plain) * (plain - other)))
+        assert found.scores[group[0]]["nvfp4"] == pytest.approx(wanted, rel=0.02), group[0]
+
+
 def test_files_change_nothing(model, found, monkeypatch):
     """What experts read and what becomes of their sums, in memory or not."""
-    monkeypatch.setattr(changes, "IN_MEMORY", 0)
+    monkeypatch.setattr(routed, "IN_MEMORY", 0)
     again = scores_of(model, "gradient", "files")
     assert again.scores == found.scores
     assert {path.name for path in model.with_name("files").iterdir()} == {"scores", "stats"}
@@ -145,7 +184,7 @@ def test_files_change_nothing(model, found, monkeypatch):
 
 def test_a_run_that_was_stopped_goes_on(model, found, monkeypatch):
     """In the middle of a block whose experts' changes lie in files."""
-    monkeypatch.setattr(changes, "IN_MEMORY", 0)
+    monkeypatch.setattr(routed, "IN_MEMORY", 0)
     score, calls = gradients.block_scores, []
 
     def stopping(*args, **more):
@@ -218,7 +257,7 @@ def test_fisher_follows_the_definition(model, whole, monkeypatch):
     """With known signs in the place of those that are drawn."""
     jax.clear_caches()
     alternating = lambda n: jnp.where(jnp.arange(n) // 3 % 2 == 0, 1.0, -1.0)[None]  # noqa: E731
-    monkeypatch.setattr(scoring, "signs", lambda key, shape: alternating(shape[1]))
+    monkeypatch.setattr(heads, "signs", lambda key, shape: alternating(shape[1]))
     monkeypatch.setattr(scoring, "WINDOW", 4)
     found = scores_of(model, "fisher", "fisher")
     jax.clear_caches()

@@ -25,8 +25,9 @@ from jqx.models import block_prefix, forward
 from jqx.transforms.interpret import PRODUCTS, Acts, Walk, interpret
 from jqx.transforms.primitives import PRIMITIVES
 from jqx_interop.auto import Limit, Scoring, chosen, refined, rounds, scored
+from jqx_interop.auto.heads import divergence_gradient
 from jqx_interop.auto.passes import Passes, Task
-from jqx_interop.auto.scoring import EXPERTS, divergence_gradient
+from jqx_interop.auto.scoring import EXPERTS
 from jqx_interop.checkpoints import Workspace
 from jqx_interop.progress import Silent
 from jqx_interop.settings import Settings

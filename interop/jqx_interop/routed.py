@@ -3,6 +3,7 @@
 what experts read, which of them, and the sums of what they made.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,6 @@ from jqx.errors import InputError
 from jqx.models import Compute, Experts, Front, Routed
 
 from .checkpoints import allocate
-from .hidden import HiddenStates
 
 IN_MEMORY = 1 << 28
 """Bytes of states that stay in memory."""
@@ -27,8 +27,13 @@ class Sent(NamedTuple):
     weights: Float32[np.ndarray, " n"]
 
 
-class RoutedTokens:
-    """What experts read of the tokens of some calls, one after another, and which of them."""
+def folder_for(shape: tuple[int, int, int, int], arrays: int, place: Path) -> Path | None:
+    """`place` if so many arrays of states, `shape` of each, are too large for memory, else None."""
+    return place if 4 * arrays * math.prod(shape) > IN_MEMORY else None
+
+
+class RoutedStates:
+    """The fronts of some calls, one after another, and the sums of their tokens."""
 
     def __init__(
         self,
@@ -45,9 +50,13 @@ class RoutedTokens:
         self.row, self._folder, self._files = row, folder, list[Path]()
         self._call, self._size, self._tokens = (rows, length), rows * length, count * rows * length
         self.real, self._length = real * length, length
-        self._x = self.states("x", np.dtype(compute.carrier))
-        self._ids = np.zeros((self._tokens, row.top_k), np.int32)
-        self._weights = np.zeros(self._ids.shape, np.float32)
+        carrier = np.dtype(compute.carrier)
+        self._x, self._h = self.states("x", carrier), self.states("h", carrier)
+        self._beside = None if row.shared is None else self.states("beside", carrier)
+        self.total = self.states("total", np.dtype(np.float32))
+        self.ids = np.zeros((self._tokens, row.top_k), np.int32)
+        """The experts of every token."""
+        self._weights = np.zeros(self.ids.shape, np.float32)
 
     def states(self, name: str, dtype: np.dtype) -> Float[np.ndarray, "t k"]:
         """Zeros for every token, in the file experts-NAME.bin if states lie in files."""
@@ -64,15 +73,19 @@ class RoutedTokens:
         """The tokens of call `n`."""
         return slice(n * self._size, (n + 1) * self._size)
 
-    def take(self, n: int, given: Routed) -> None:
-        """Keep what experts read in call `n`."""
-        at = self.at(n)
-        self._x[at], self._ids[at] = np.asarray(given.x), np.asarray(given.ids)
+    def put(self, n: int, front: Front) -> None:
+        """Keep what was found of call `n`."""
+        at, given = self.at(n), front.given
+        self._h[at] = np.asarray(front.h).reshape(self._size, -1)
+        self._x[at], self.ids[at] = np.asarray(given.x), np.asarray(given.ids)
         self._weights[at] = np.asarray(given.weights, np.float32)
+        if self._beside is not None:
+            assert front.beside is not None
+            self._beside[at] = np.asarray(front.beside).reshape(self._size, -1)
 
     def sent(self) -> list[Sent]:
         """What is sent to every expert, in the order of tokens."""
-        pairs = self._ids[: self.real].reshape(-1)
+        pairs = self.ids[: self.real].reshape(-1)
         weights, k = self._weights[: self.real].reshape(-1), self.row.top_k
         order = np.argsort(pairs, kind="stable")
         ends = np.searchsorted(pairs[order], np.arange(self.row.number + 1))
@@ -99,33 +112,6 @@ class RoutedTokens:
         """What experts read of these tokens."""
         return self._x[tokens]
 
-    def close(self) -> None:
-        """Remove the files."""
-        for path in self._files:
-            path.unlink(missing_ok=True)
-
-
-class RoutedStates(RoutedTokens):
-    """The fronts of the calls of `hidden`, one after another, and the sums of their tokens."""
-
-    def __init__(self, row: Experts, hidden: HiddenStates, compute: Compute, place: Path):
-        """Large states lie in files in the folder `place`, and all if those of `hidden` do."""
-        large = 4 * int(np.prod(hidden.shape)) * 4 > IN_MEMORY
-        folder = place if large or hidden.folder else None
-        super().__init__(row, hidden.shape, hidden.real, compute, folder)
-        carrier = np.dtype(compute.carrier)
-        self._h = self.states("h", carrier)
-        self._beside = None if row.shared is None else self.states("beside", carrier)
-        self.total = self.states("total", np.dtype(np.float32))
-
-    def put(self, n: int, front: Front) -> None:
-        """Keep what was found of call `n`."""
-        self._h[self.at(n)] = np.asarray(front.h).reshape(self._size, -1)
-        self.take(n, front.given)
-        if self._beside is not None:
-            assert front.beside is not None
-            self._beside[self.at(n)] = np.asarray(front.beside).reshape(self._size, -1)
-
     def settle(self) -> None:
         """Sums are complete: the rows that the last call repeats have those of the last one."""
         self.total[self.real :] = np.resize(
@@ -136,7 +122,12 @@ class RoutedStates(RoutedTokens):
     def front(self, n: int) -> tuple[Front, Float32[np.ndarray, "t k"]]:
         """What was put of call `n`, and its sums."""
         at, shape = self.at(n), (*self._call, self.width)
-        given = Routed(*(jnp.asarray(a[at]) for a in (self._x, self._ids, self._weights)))
+        given = Routed(*(jnp.asarray(a[at]) for a in (self._x, self.ids, self._weights)))
         beside = None if self._beside is None else jnp.asarray(self._beside[at].reshape(shape))
         h = jnp.asarray(self._h[at].reshape(shape))
         return Front(h, given, beside), np.asarray(self.total[at])
+
+    def close(self) -> None:
+        """Remove the files."""
+        for path in self._files:
+            path.unlink(missing_ok=True)

@@ -42,7 +42,7 @@ from .job import Job
 from .mixtures import MixtureRun
 from .program import Program
 from .progress import Progress
-from .routed import RoutedStates
+from .routed import RoutedStates, folder_for
 from .weights import checked_amax, read_tensor
 
 
@@ -118,7 +118,9 @@ class Runner:
         own = {path for e in expert_linears(self._spec, i) for path in e.values()}
         states = None
         if isinstance(row, Experts):
-            states = RoutedStates(row, self._hidden, self._compute, self._place)
+            hidden = self._hidden
+            folder = self._place if hidden.folder else folder_for(hidden.shape, 4, self._place)
+            states = RoutedStates(row, hidden.shape, hidden.real, self._compute, folder)
         params = load_front(self._job, i, self._compute)
         stats = self._run_calls(i, params, {p: m for p, m in read.items() if p not in own}, states)
         if states is None:

@@ -16,9 +16,10 @@ from jqx.auto.sensitivity import Scores
 from jqx_interop.checkpoints import Workspace
 from jqx_interop.progress import Progress
 
-from .changes import Changes
+from .heads import head_divergence
+from .mixture import PLAIN, ended, forward
 from .passes import Passes, Task
-from .scoring import EXPERTS, head_divergence, run_block
+from .scoring import EXPERTS, Begun, run_block
 from .states import States
 
 WAVE_BYTES = 2 << 30
@@ -37,7 +38,7 @@ def divergence_scores(
     begun = any("forward" in r for r in records)
     progress.phase("forward", 0 if begun else passes.blocks * passes.count)
     if not begun:
-        passes.forward(progress)
+        forward(passes, progress)
         space.record({"forward": True})
     waves = [w for w in range(passes.waves) if w not in done]
     progress.phase("scoring", sum(len(passes.calls(w)) for w in waves) * (passes.blocks + 1))
@@ -78,28 +79,36 @@ class _Forks(Passes):
 
     def wave(self, w: int, progress: Progress) -> Scores:
         """The scores of the data of wave `w`."""
-        begun = 0
+        begun, calls = 0, self.calls(w)
         for i in range(self.blocks):
-            params, program = self.params(i), self.program(i)
-            linears = {c.name: self.linears(c, i) for c in self.task.candidates}
-            leaving = [(m, name) for m in self.groups_of(i).values() for name in linears]
-            changes = Changes(self, i, self.calls(w), params)
-            for at, n in enumerate(self.calls(w)):
-                for s in range(begun):
-                    h = run_block(params, jnp.asarray(self._forks.get(s, at)), program=program)
-                    self._forks.put(s, at, np.asarray(h))
-                before, own = jnp.asarray(self.states.get(i, n)), changes.of(at) or {}
-                for s, (members, name) in enumerate(leaving):
-                    if members == (EXPERTS,):
-                        h = run_block(params, before, None, own[name], program=program)
-                    else:
-                        mine = {member: linears[name][member] for member in members}
-                        h = run_block(params, before, mine, program=program)
-                    self._forks.put(begun + s, at, np.asarray(h))
-                progress.advance(1)
-            changes.close()
-            begun += len(leaving)
-        return self._heads(self.calls(w), progress)
+            begun += self._step(i, calls, begun, progress)
+        return self._heads(calls, progress)
+
+    def _step(self, i: int, calls: Sequence[int], begun: int, progress: Progress) -> int:
+        """Take the streams that have `begun` through block `i`, and begin those that leave there:
+        how many.
+        """
+        params, program = self.params(i), self.program(i)
+        linears = {c.name: self.linears(c, i) for c in self.task.candidates}
+        leaving = [(m, name) for m in self.groups_of(i).values() for name in linears]
+        places = [(s, at) for at in range(len(calls)) for s in range(begun + len(leaving))]
+
+        def begin(number: int) -> Begun:
+            s, at = places[number]
+            if s < begun:
+                return run_block(params, jnp.asarray(self._forks.get(s, at)), program=program)
+            members, name = leaving[s - begun]
+            mine = {m: linears[name][m] for m in members if m != EXPERTS}
+            h = jnp.asarray(self.states.get(i, calls[at]))
+            return run_block(params, h, mine, program=program)
+
+        of_streams = [PLAIN] * begun
+        of_streams += [(name,) if m == (EXPERTS,) else PLAIN for m, name in leaving]
+        ways = [of_streams[s] for s, _ in places]
+        for number, h in ended(self, i, params, ways, begin):
+            self._forks.put(*places[number], h)
+        progress.advance(len(calls))
+        return len(leaving)
 
     def _heads(self, calls: Sequence[int], progress: Progress) -> Scores:
         params, sums = self.head_params(), np.zeros(len(self._streams))

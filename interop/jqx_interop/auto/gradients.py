@@ -3,6 +3,7 @@
 time, all candidates of a block at once.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,11 @@ from jqx.errors import InputError
 from jqx_interop.checkpoints import Workspace
 from jqx_interop.progress import Progress
 
-from .changes import Changes
+from .expert_programs import sums_given
+from .heads import head_draw, head_gradient
+from .mixture import PLAIN, Mixture, forward
 from .passes import Passes, Task
-from .scoring import block_scores, head_draw, head_gradient
+from .scoring import EXPERTS, Begun, Given, block_scores, run_block
 
 SEED = 20_000
 """Of what "fisher" draws: the same for all models and data."""
@@ -37,7 +40,7 @@ def gradient_scores(
     loss = next((r["loss"] for r in records if "loss" in r), None)
     progress.phase("forward", 0 if loss is not None else passes.blocks * passes.count)
     if loss is None:
-        passes.forward(progress)
+        forward(passes, progress)
         loss = passes.heads()
         space.record({"loss": loss})
     progress.phase("scoring", (passes.blocks - len(done)) * passes.count * passes.draws)
@@ -117,20 +120,42 @@ class _Backward(Passes):
         linears = {c.name: self.linears(c, i) for c in self.task.candidates}
         combine, groups = COMBINE[self.task.method], self.groups_of(i)
         sums: Scores = {group: dict.fromkeys(linears, 0.0) for group in groups}
-        changes = Changes(self, i, range(self.count), params)
+        mixture, of_experts = self._experts_back(i, params) if self.mixed(i) else (None, [])
         for n in range(self.count * self.draws):
-            h, g = self.states.get(i, n % self.count), self._gradients.get((i + 1) % 2, n)
-            own = changes.of(n % self.count)
-            to_states, found = block_scores(
-                params, linears, jnp.asarray(h), jnp.asarray(g), own, program=program
-            )
+            h, g = jnp.asarray(self.states.get(i, n % self.count)), self._gradient(i, n)
+            g = g if mixture is None else mixture.gradient(n, params, g)
+            to_states, found = block_scores(params, linears, h, g, program=program)
             self._gradients.put(i % 2, n, np.asarray(to_states, np.float32))
-            given = jax.device_get(found)
+            given: Given = jax.device_get(found)
+            if mixture is not None:
+                given[EXPERTS] = of_experts[n]
             for group, members in groups.items():
                 for name in linears:
                     together = combine([given[m][name] for m in members])
                     sums[group][name] += together / self.draws
             progress.advance(1)
-        changes.close()
+        if mixture is not None:
+            mixture.close()
         self._gradients.flush()
         return sums
+
+    def _gradient(self, i: int, n: int) -> jax.Array:
+        """Gradient number `n` to the states after block `i`."""
+        return jnp.asarray(self._gradients.get((i + 1) % 2, n))
+
+    def _experts_back(self, i: int, params: Any) -> tuple[Mixture, list[dict[str, Any]]]:
+        """The experts of block `i`, all gradients taken to what they read, and what they give to
+        scores.
+        """
+        program, chosen = self.program(i), (EXPERTS,) in self.groups_of(i).values()
+        ways = (*PLAIN, *(c.name for c in self.task.candidates)) if chosen else PLAIN
+        mixture = Mixture(self, i, [ways] * self.count, self.draws)
+
+        def begin(n: int) -> Begun:
+            return run_block(params, jnp.asarray(self.states.get(i, n)), program=program)
+
+        def score(to_sums: jax.Array, changes: dict[str, jax.Array]) -> dict[str, Any]:
+            found = sums_given(to_sums, changes, rows=self.rows, program=program)
+            return jax.device_get(found)
+
+        return mixture, mixture.take_back(params, begin, partial(self._gradient, i), score)

@@ -16,6 +16,7 @@ from jqx.auto.simulated import Simulated
 from jqx.formats import find_format
 from jqx.models import (
     Compute,
+    Experts,
     ModelSpec,
     block_prefix,
     embed,
@@ -24,20 +25,19 @@ from jqx.models import (
     kinds,
 )
 from jqx.tensors.paths import unflatten
-from jqx_interop.blocks import load_block, read_leaf
+from jqx_interop.blocks import load_front, read_leaf
 from jqx_interop.chain import rows_per_call, used_rows
 from jqx_interop.data import CalibrationSet
 from jqx_interop.device import compute_of
 from jqx_interop.evaluation.passes import chunk_of
 from jqx_interop.experts import linears_of_experts
 from jqx_interop.job import Job
-from jqx_interop.progress import Progress
 from jqx_interop.saved_stats import SavedStats
 from jqx_interop.searched import Search
 from jqx_interop.weights import linear_groups, read_tensor, read_weight
 
 from .candidates import Candidate
-from .scoring import EXPERTS, Program, run_block
+from .scoring import EXPERTS, Program
 from .states import States
 
 Groups = tuple[tuple[str, ...], ...]
@@ -58,7 +58,7 @@ class Task:
 
 
 class Passes:
-    """The states before every block, written by `forward`, and what is needed to go on from them.
+    """The states before every block, written by `mixture.forward`, and what is needed to go on.
 
     A call takes `rows` sequences; the last is filled up by repeating one.
     """
@@ -96,24 +96,21 @@ class Passes:
         return Program(self.spec, kinds(self.spec)[i], self.compute, self.task.method)
 
     def params(self, i: int) -> dict[str, Any]:
-        """The parameters of block `i`."""
-        return load_block(self.job, i, self.compute)
+        """The parameters of block `i`, but for those of experts."""
+        return load_front(self.job, i, self.compute)
 
-    def forward(self, progress: Progress) -> None:
-        """Run the model and keep the states before every block, and those after the last."""
+    def mixed(self, i: int) -> bool:
+        """Whether block `i` has experts."""
+        return isinstance(kinds(self.spec)[i].mlp, Experts)
+
+    def embed(self) -> None:
+        """Put the states before the first block."""
         rows, params = used_rows(self.spec, partial(read_tensor, self.job), self.ids)
         for n in range(self.count):
             h = embed(self.spec, params, jnp.asarray(rows[self.picked(n)]), self.compute)
             self.states.put(0, n, np.asarray(h))
         for name in embed_tensors(self.spec):
             self.job.checkpoint.release(name)
-        for i in range(self.blocks):
-            params, program = self.params(i), self.program(i)
-            for n in range(self.count):
-                h = run_block(params, jnp.asarray(self.states.get(i, n)), program=program)
-                self.states.put(i + 1, n, np.asarray(h))
-                progress.advance(1)
-        self.states.flush()
 
     def picked(self, n: int) -> Int[np.ndarray, " rows"]:
         """The sequences of call `n`; what is beyond the last is the last."""

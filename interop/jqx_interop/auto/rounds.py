@@ -17,9 +17,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,11 +31,13 @@ from jqx.errors import InputError
 from jqx_interop.checkpoints import Workspace
 from jqx_interop.progress import Progress
 
-from .changes import Changes
 from .choosing import Chosen, Limit, Tried, choices_within, chosen
+from .expert_programs import sums_shifts
+from .heads import divergence_gradient
+from .mixture import Mixture, ended, forward
 from .passes import Passes, Task
 from .run import FILE, Scored, kept_in
-from .scoring import divergence_gradient
+from .scoring import EXPERTS, Begun, Linears
 from .shifts import Picked, block_shifts, chosen_block, order
 
 DIVERGENCES = ("fisher", "kl")
@@ -179,7 +183,7 @@ class _Rounds(Passes):
 
     def _forward_plain(self) -> None:
         chosen_states, self.states = self.states, self._plain
-        self.forward(self._progress)
+        forward(self, self._progress)
         self.states = chosen_states
         for n in range(self.count):
             self.states.put(0, n, self._plain.get(0, n))
@@ -191,14 +195,12 @@ class _Rounds(Passes):
             return self._done.kl[number]
         self._progress.phase(f"choice {number + 1}: forward", self.blocks * self.count)
         for i in range(self.blocks):
-            params, linears, picked = self.params(i), self._all(i), self._picked(i, choices)
-            changes = Changes(self, i, range(self.count), params)
-            for n in range(self.count):
-                h, own = jnp.asarray(self.states.get(i, n)), changes.of(n)
-                h = chosen_block(params, h, linears, picked, own, program=self.program(i))
-                self.states.put(i + 1, n, np.asarray(h))
+            params, given = self.params(i), (self._all(i), self._picked(i, choices))
+            ways = [(self._of_experts_in(i, choices),)] * self.count
+            begin = partial(self._begun, i, params, given)
+            for n, h in ended(self, i, params, ways, begin):
+                self.states.put(i + 1, n, h)
                 self._progress.advance(1)
-            changes.close()
         total = self._heads()
         self.states.flush()
         self._gradients.flush()
@@ -214,7 +216,17 @@ class _Rounds(Passes):
             member: jnp.int32(names.index(choices[group]))
             for group, members in self.groups_of(i).items()
             for member in members
+            if member != EXPERTS
         }
+
+    def _of_experts_in(self, i: int, choices: Mapping[str, str]) -> str:
+        """The candidate of the experts of block `i`; NONE where they choose nothing."""
+        own = (g for g, members in self.groups_of(i).items() if members == (EXPERTS,))
+        return next((choices[group] for group in own), NONE)
+
+    def _begun(self, i: int, params: Any, given: tuple[Linears, Picked], n: int) -> Begun:
+        h = jnp.asarray(self.states.get(i, n))
+        return chosen_block(params, h, *given, program=self.program(i))
 
     def _heads(self) -> float:
         """Put the gradients to the last states; returns the divergence of all tokens."""
@@ -250,21 +262,40 @@ class _Rounds(Passes):
         params, given = self.params(i), (self._all(i), self._picked(i, choices))
         names, groups = order(given[0]), self.groups_of(i)
         sums: Scores = {group: dict.fromkeys(names, 0.0) for group in groups}
-        changes = Changes(self, i, range(self.count), params)
+        mixture, of_experts = None, []
+        if self.mixed(i):
+            mixture, of_experts = self._experts_back(i, params, given, choices)
         for n in range(self.count):
-            h, g = self.states.get(i, n), self._gradients.get((i + 1) % 2, n)
-            to_states, found = block_shifts(
-                params,
-                jnp.asarray(h),
-                jnp.asarray(g),
-                given,
-                changes.of(n),
-                program=self.program(i),
-            )
+            h, g = jnp.asarray(self.states.get(i, n)), self._gradient(i, n)
+            g = g if mixture is None else mixture.gradient(n, params, g)
+            to_states, found = block_shifts(params, h, g, given, program=self.program(i))
             self._gradients.put(i % 2, n, np.asarray(to_states, np.float32))
+            by_name = {m: dict(zip(names, row, strict=True)) for m, row in found.items()}
+            if mixture is not None:
+                by_name[EXPERTS] = of_experts[n]
             for group, members in groups.items():
-                for c, name in enumerate(names):
-                    sums[group][name] += sum(float(found[m][c]) for m in members)
+                for name in names:
+                    sums[group][name] += sum(float(by_name[m].get(name, 0)) for m in members)
             self._progress.advance(1)
-        changes.close()
+        if mixture is not None:
+            mixture.close()
         return sums
+
+    def _gradient(self, i: int, n: int) -> jax.Array:
+        """The gradient of call `n` to the states after block `i`."""
+        return jnp.asarray(self._gradients.get((i + 1) % 2, n))
+
+    def _experts_back(
+        self, i: int, params: Any, given: tuple[Linears, Picked], choices: Mapping[str, str]
+    ) -> tuple[Mixture, list[dict[str, Any]]]:
+        """The experts of block `i`, all gradients taken to what they read, and their shifts."""
+        mine, every = self._of_experts_in(i, choices), order(given[0])
+        chosen = (EXPERTS,) in self.groups_of(i).values()
+        ways = (mine, *(name for name in every if chosen and name != mine))
+        mixture = Mixture(self, i, [ways] * self.count, 1)
+        begin, gradient = partial(self._begun, i, params, given), partial(self._gradient, i)
+
+        def shifts(to_sums: jax.Array, changes: dict[str, jax.Array]) -> dict[str, Any]:
+            return jax.device_get(sums_shifts(to_sums, changes))
+
+        return mixture, mixture.take_back(params, begin, gradient, shifts)

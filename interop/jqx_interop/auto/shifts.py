@@ -23,10 +23,10 @@ from jqx.auto.simulated import Simulated
 from jqx.auto.taps import Outputs, tapped
 from jqx.transforms.interpret import Met
 
-from .scoring import EXPERTS, ExpertSums, Linears, Program, Sums, gone_back, tapped_block
+from .scoring import Begun, Gradient, Linears, Program, begun, gone_back
 
 Picked = Mapping[str, Int32[Array, ""]]
-"""Linear by its name in the block, or EXPERTS -> the number of its candidate in `order`."""
+"""Linear by its name in the block -> the number of its candidate in `order`."""
 
 
 def order(candidates: Iterable[str]) -> list[str]:
@@ -38,55 +38,33 @@ def order(candidates: Iterable[str]) -> list[str]:
 
 @partial(jax.jit, static_argnames=("program",))
 def chosen_block(
-    params: Any,
-    h: Float[Array, "b t k"],
-    linears: Linears,
-    picked: Picked,
-    changes: Mapping[str, Sums] | None = None,
-    *,
-    program: Program,
-) -> Float[Array, "b t k"]:
-    """The states after a block with the linears `picked`; `changes`: of the sums of its experts, by
-    candidate.
-    """
-    run = partial(tapped_block, program, _product, _sums(changes, picked))
-    return tapped(run, {}, _product, _base(linears, picked))(params, {}, h, (params, None))
+    params: Any, h: Float[Array, "b t k"], linears: Linears, picked: Picked, *, program: Program
+) -> Begun:
+    """The states after a block with the linears `picked`, or its front."""
+    run = tapped(partial(begun, program), {}, _product, _base(linears, picked))
+    return run(params, {}, h)
 
 
 @partial(jax.jit, static_argnames=("program",))
 def block_shifts(
     params: Any,
     h: Float[Array, "b t k"],
-    g: Float[Array, "b t k"],
+    g: Gradient,
     given: tuple[Linears, Picked],
-    changes: Mapping[str, Sums] | None = None,
     *,
     program: Program,
 ) -> tuple[Float[Array, "b t k"], dict[str, list[Float32[Array, ""]]]]:
-    """The gradient to the states before a block, `g` being that to the states after it, and the
-    shifts of its linears, and of EXPERTS, to every candidate in `order`. `given` and `changes` are
-    those of `chosen_block`.
+    """The gradient to the states before a block, `g` being that to the states after it or to its
+    front, and the shifts of its linears to every candidate in `order`. `given` are the linears of
+    `chosen_block`.
     """
     linears, picked = given
-    rows, sums = _rows(linears), _sums(changes, picked)
+    rows = _rows(linears)
     outputs = {f"{p}.weight": [*(row.outputs for row in own), _plain] for p, own in rows.items()}
     taps = {path: [jnp.float32(0) for _ in own] for path, own in outputs.items()}
-    own = [] if sums is None else [jnp.float32(0) for _ in sums.changes]
-    whole = partial(tapped_block, program, _product, sums)
-    run = tapped(whole, outputs, _product, _base(linears, picked))
-    found, of_experts, to_states = gone_back(run, params, (taps, own), h, g)
-    shifts = {path: found[f"{path}.weight"] for path in rows}
-    return to_states, shifts if sums is None else shifts | {EXPERTS: of_experts}
-
-
-def _sums(changes: Mapping[str, Sums] | None, picked: Picked) -> ExpertSums | None:
-    """What the sums of experts change by from what they are with the candidate picked."""
-    if not changes:
-        return None
-    every = [changes[name] for name in sorted(changes)]
-    every.append(jnp.zeros_like(every[0]))
-    mine = lax.select_n(picked[EXPERTS], *every)
-    return ExpertSums([each - mine for each in every], mine)
+    run = tapped(partial(begun, program), outputs, _product, _base(linears, picked))
+    found, to_states = gone_back(run, params, taps, h, g)
+    return to_states, {path: found[f"{path}.weight"] for path in rows}
 
 
 def _rows(linears: Linears) -> dict[str, list[Simulated]]:
