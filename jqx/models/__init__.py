@@ -36,7 +36,6 @@ from .layout import named_as as named_as
 from .layout import param_shapes as param_shapes
 from .mixture import combine as combine
 from .mixture import expert as expert
-from .mixture import expert_sums as expert_sums
 from .mixture import front as front
 from .spec import LAYOUTS as LAYOUTS
 from .spec import Alibi as Alibi

@@ -3,8 +3,6 @@
 
     front = front(h);  total = sums of expert(x[rows], weights) over experts;  h = combine(front)
 
-`expert_sums` makes `total` of all experts at once.
-
 `block` gives what they give one after another. Each takes the parameters that it needs.
 """
 
@@ -17,7 +15,7 @@ from jqx.transforms import quantized
 
 from .attention import self_attention
 from .compute import FLOAT32, Compute
-from .experts import Routed, all_experts, one_expert
+from .experts import one_expert
 from .inner import Front, after_experts, before_experts, settling, stored_kv
 from .layers import Inside, Params
 from .spec import BlockKind, Experts, ModelSpec
@@ -67,25 +65,6 @@ def expert(  # noqa: PLR0913  what is static, then what is not
         return one_expert(kind.mlp, Inside(spec.names, params, compute), x, weights, real)
 
     return quantized(run, settle=settling(compute))(expert_params, x, weights, real)
-
-
-@_jit_part
-def expert_sums(
-    spec: ModelSpec,
-    kind: BlockKind,
-    block_params: Params,
-    given: Routed,
-    compute: Compute = FLOAT32,
-) -> Float32[Array, "rows k"]:
-    """The sums of what all experts make of every token, `given` being those of a front.
-    `block_params` need only the stacks of experts.
-    """
-
-    def run(params: Params, given: Routed) -> Array:
-        assert isinstance(kind.mlp, Experts)
-        return all_experts(kind.mlp, Inside(spec.names, params, compute), given)
-
-    return quantized(run, settle=settling(compute))(block_params, given)
 
 
 @_jit_part
