@@ -30,7 +30,8 @@ from jqx.tensors import QTensor
 from jqx.tensors.paths import flatten, unflatten
 from jqx_interop.checkpoints import MappedTensors
 from jqx_interop.checkpoints.layout import read_header
-from jqx_interop.stored import open_model, read_block, read_params
+from jqx_interop.stored import open_model, read_params
+from jqx_interop.stored_blocks import read_block
 from jqx_interop.targets import TARGETS
 from jqx_interop.targets.modelopt import ALGOS, KV_ALGOS, VARIANT_ALGOS
 from jqx_interop.targets.modelopt_choices import choices_of, kv_of

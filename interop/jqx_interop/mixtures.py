@@ -10,7 +10,6 @@ has it; other statistics are those of an expert, or of all where it met fewer th
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import jax
@@ -32,15 +31,12 @@ from jqx.transforms import Use, observe
 from .blocks import load_expert
 from .chain import side_by_side
 from .collecting import Readers, check_finite, wanted_of
-from .device import callers, compute_of
+from .device import compute_of
 from .expert_stats import merged, spilled
 from .experts import expert_linears
 from .job import Job
 from .program import Program
-from .routed import RoutedStates
-
-MOST_ROWS, FEWEST_ROWS = 2048, 16
-"""Tokens that an expert takes at once: one of few numbers, so that few programs are compiled."""
+from .routed import FEWEST_ROWS, LastFew, RoutedStates, pieces_of, rows_for
 
 LEAST_TOKENS = 32
 """With fewer, second moments say more of the tokens than of the expert."""
@@ -130,8 +126,7 @@ class MixtureRun:
         self._found: list[dict[str, InputStats]] = [{} for _ in self._sent]
         self._merged: dict[str, InputStats] = {}
         self._so_far: dict[str, Moments] = {}
-        self._loaded: dict[int, Any] = {}
-        self._lock = Lock()
+        self._params = LastFew(lambda e: load_expert(job, i, e, self._compute))
 
     def run(self, advance: Callable[[float], None]) -> dict[str, InputStats]:
         """Add to the sums of `states`; returns the statistics of all linears of experts."""
@@ -153,23 +148,9 @@ class MixtureRun:
 
     def _made(self, e: int, at: int, count: int) -> _Made:
         """What expert `e` makes of `count` of its tokens, those from `at` on."""
-        sent, size = self._sent[e], rows_for(count)
-        x = np.zeros((size, self._states.width), self._compute.carrier)
-        x[:count] = self._states.rows(sent.tokens[at : at + count])
-        weights = jnp.asarray(np.pad(sent.weights[at : at + count], (0, size - count)))
-        real = jnp.arange(size) < count
-        params = self._params(e)
-        y, maxima, whole = expert_step(params, jnp.asarray(x), weights, real, program=self._program)
+        given = self._states.given(self._sent[e].piece(at, count))
+        y, maxima, whole = expert_step(self._params.get(e), *given, program=self._program)
         return _Made(np.asarray(y)[:count], jax.device_get(maxima), whole)
-
-    def _params(self, e: int) -> Any:
-        """The parameters of expert `e`; those of the last few that were asked for are there."""
-        with self._lock:
-            if e not in self._loaded:
-                while len(self._loaded) >= callers():
-                    del self._loaded[next(iter(self._loaded))]
-                self._loaded[e] = load_expert(self._job, self._i, e, self._compute)
-            return self._loaded[e]
 
     def _add(self, e: int, at: int, count: int, part: _Made) -> None:
         """Take in what one expert made of some tokens, in the order of tokens."""
@@ -234,20 +215,6 @@ class MixtureRun:
             name: start(wanted_of(self._job, readers, room))
             for name, readers in self._leaders[e].items()
         }
-
-
-def pieces_of(count: int) -> Iterator[tuple[int, int]]:
-    """Where parts of so many tokens begin, and how many they are."""
-    for at in range(0, count, MOST_ROWS):
-        yield at, min(MOST_ROWS, count - at)
-
-
-def rows_for(count: int) -> int:
-    """The number of rows that `count` tokens are filled up to: a power of two, or half as much
-    again.
-    """
-    power = max(FEWEST_ROWS, 1 << max(count - 1, 0).bit_length())
-    return power * 3 // 4 if power > FEWEST_ROWS and count <= power * 3 // 4 else power
 
 
 def experts_line(blocks: Sequence[Mapping[str, Any]]) -> str | None:

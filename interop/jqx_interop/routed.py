@@ -4,20 +4,25 @@ what experts read, which of them, and the sums of what they made.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from threading import Lock
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from jqx.errors import InputError
 from jqx.models import Compute, Experts, Front, Routed
 
 from .checkpoints import allocate
+from .device import callers
 
 IN_MEMORY = 1 << 28
 """Bytes of states that stay in memory."""
+MOST_ROWS, FEWEST_ROWS = 2048, 16
+"""Tokens that an expert takes at once: one of few numbers, so that few programs are compiled."""
 
 
 class Sent(NamedTuple):
@@ -25,6 +30,42 @@ class Sent(NamedTuple):
 
     tokens: Int[np.ndarray, " n"]
     weights: Float32[np.ndarray, " n"]
+
+    def piece(self, at: int, count: int) -> "Sent":
+        """So many of them from `at` on."""
+        return Sent(self.tokens[at : at + count], self.weights[at : at + count])
+
+
+def pieces_of(count: int) -> Iterator[tuple[int, int]]:
+    """Where parts of so many tokens begin, and how many they are."""
+    for at in range(0, count, MOST_ROWS):
+        yield at, min(MOST_ROWS, count - at)
+
+
+def rows_for(count: int) -> int:
+    """The number of rows that `count` tokens are filled up to: a power of two, or half as much
+    again.
+    """
+    power = max(FEWEST_ROWS, 1 << max(count - 1, 0).bit_length())
+    return power * 3 // 4 if power > FEWEST_ROWS and count <= power * 3 // 4 else power
+
+
+class LastFew:
+    """The parameters of the last few experts that were asked for, by any of several threads."""
+
+    def __init__(self, load: Callable[[int], Any]):
+        """`load(e)` reads those of expert `e`."""
+        self._load, self._lock = load, Lock()
+        self._there: dict[int, Any] = {}
+
+    def get(self, e: int) -> Any:
+        """Those of expert `e`."""
+        with self._lock:
+            if e not in self._there:
+                while len(self._there) >= callers():
+                    del self._there[next(iter(self._there))]
+                self._there[e] = self._load(e)
+            return self._there[e]
 
 
 def folder_for(shape: tuple[int, int, int, int], arrays: int, place: Path) -> Path | None:
@@ -108,9 +149,15 @@ class RoutedStates:
             found.append(Sent(np.arange(self.real), weights))
         return found
 
-    def rows(self, tokens: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n k"]:
-        """What experts read of these tokens."""
-        return self._x[tokens]
+    def given(self, sent: Sent) -> tuple[Array, Array, Array]:
+        """What an expert is given of some of its tokens: rows, their weights, and which of them
+        are no filling.
+        """
+        count, size = len(sent.tokens), rows_for(len(sent.tokens))
+        x = np.zeros((size, self.width), self._x.dtype)
+        x[:count] = self._x[sent.tokens]
+        weights = np.pad(sent.weights, (0, size - count))
+        return jnp.asarray(x), jnp.asarray(weights), jnp.arange(size) < count
 
     def settle(self) -> None:
         """Sums are complete: the rows that the last call repeats have those of the last one."""

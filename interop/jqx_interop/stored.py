@@ -5,7 +5,7 @@ they are stored.
 `open_model` looks at descriptions and headers alone; `read_params` and `read_block` read numbers.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,16 +18,11 @@ from jax.typing import DTypeLike
 from jqx.config import Choice
 from jqx.errors import InputError
 from jqx.models import (
-    Compute,
     ModelSpec,
-    block_prefix,
-    block_shapes,
-    kinds,
     leaf_shapes,
     linear_shapes,
     param_shapes,
 )
-from jqx.models.layers import module
 from jqx.tensors import QTensor
 from jqx.tensors.paths import unflatten
 from jqx.tensors.stacks import stack_all
@@ -110,6 +105,15 @@ def read_params(
 
     Raises one InputError for all scales that are no scales: NaN, infinite, not positive.
     """
+    leaves = read_leaves(source, names, cast)
+    stack_all(leaves, source.leaves)
+    return unflatten(leaves)
+
+
+def read_leaves(
+    source: Source, names: Iterable[str], cast: DTypeLike | None = None
+) -> dict[str, Any]:
+    """The same by name, those of each expert apart."""
     leaves: dict[str, Any] = {}
     problems: list[str] = []
     beside: dict[str, list[KvTensor]] = {}
@@ -132,17 +136,7 @@ def read_params(
             leaves[tensor.name] = _checked(source, stored, problems)
     if problems:
         refuse(source.checkpoint.path, problems, "The checkpoint is damaged.")
-    stack_all(leaves, source.leaves)
-    return unflatten(leaves)
-
-
-def read_block(source: Source, i: int, compute: Compute) -> dict[str, Any]:
-    """The tree below `block_prefix(source.spec, i)`, as `jqx.models.block` takes it: plain matrices
-    in the dtype that products take, cast once.
-    """
-    prefix = block_prefix(source.spec, i)
-    names = [f"{prefix}.{name}" for name in block_shapes(source.spec, kinds(source.spec)[i])]
-    return dict(module(read_params(source, names, compute.carrier), prefix, {}))
+    return leaves
 
 
 def _read(
@@ -216,9 +210,17 @@ def _strange_bias(source: Source, path: str) -> list[str]:
     return [f"{name} is not zero, and the model has no such bias"] if biased else []
 
 
-def plain(source: Source, name: str, cast: DTypeLike | None = None) -> jax.Array:
-    """A tensor that is not quantized, in the model's dtype; a matrix in `cast` if given."""
+def plain(
+    source: Source,
+    name: str,
+    cast: DTypeLike | None = None,
+    part: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> jax.Array:
+    """A tensor that is not quantized, or a part of it, in the model's dtype; a matrix in `cast` if
+    given.
+    """
     array = source.checkpoint.read(name)
+    array = array if part is None else part(array)
     array = copied(array if name.endswith(KEPT) else array.astype(source.dtype, copy=False))
     source.checkpoint.release(name)
     wide = cast is not None and array.ndim > 1

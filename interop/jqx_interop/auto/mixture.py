@@ -15,9 +15,8 @@ from jqx.auto import NONE
 from jqx.models import Experts, Front, combine
 from jqx_interop.blocks import load_expert
 from jqx_interop.experts import expert_linears
-from jqx_interop.mixtures import pieces_of, rows_for
 from jqx_interop.progress import Progress
-from jqx_interop.routed import RoutedStates, Sent, folder_for
+from jqx_interop.routed import RoutedStates, Sent, folder_for, pieces_of
 
 from .expert_programs import Sums, end_gradients, expert_gradients, expert_outputs
 from .passes import Passes
@@ -84,11 +83,8 @@ class Mixture:
     def _pieces(self, sent: Sent) -> Iterator[tuple[Sent, tuple[Array, Array, Array]]]:
         """Some of the tokens after others, and their rows, weights, and which are no filling."""
         for at, count in pieces_of(len(sent.tokens)):
-            part = Sent(sent.tokens[at : at + count], sent.weights[at : at + count])
-            fill = rows_for(count) - count
-            x = np.pad(self._states.rows(part.tokens), ((0, fill), (0, 0)))
-            weights, real = np.pad(part.weights, (0, fill)), np.arange(len(x)) < count
-            yield part, (jnp.asarray(x), jnp.asarray(weights), jnp.asarray(real))
+            part = sent.piece(at, count)
+            yield part, self._states.given(part)
 
     def end(self, n: int, params: Mapping[str, Any]) -> Float[Array, "b t k"]:
         """The states of call `n` after the block."""

@@ -18,13 +18,15 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from jqx.errors import InputError
-from jqx.models import Compute, ModelSpec, block, embed_tensors, head, head_tensors, kinds
+from jqx.models import Compute, Experts, ModelSpec, block, embed_tensors, head, head_tensors, kinds
 from jqx_interop.chain import embed_rows, side_by_side
 from jqx_interop.hidden import HiddenStates
 from jqx_interop.progress import Progress
-from jqx_interop.stored import Source, read_block, read_params
+from jqx_interop.stored import Source, read_params
+from jqx_interop.stored_blocks import read_block
 
 from .metrics import ALONE, COMPARED, Sums, alone, compared
+from .mixture import run_mixture
 from .windows import Windows
 
 TOKENS_PER_CHUNK = 256
@@ -67,7 +69,11 @@ def run_blocks(chain: Chain, windows: Windows, title: str, progress: Progress) -
 def _run_block(chain: Chain, i: int, length: int, progress: Progress) -> None:
     """Take all windows through block `i`, whose weights are gone afterwards."""
     hidden, spec, compute = chain.hidden, chain.source.spec, chain.compute
-    params, kind = read_block(chain.source, i, compute), kinds(spec)[i]
+    kind = kinds(spec)[i]
+    if isinstance(kind.mlp, Experts):
+        run_mixture(chain.source, i, hidden, compute, progress)
+        return
+    params = read_block(chain.source, i, compute)
     positions = jnp.broadcast_to(
         jnp.arange(length, dtype=jnp.int32)[None, :], (hidden.rows, length)
     )

@@ -16,6 +16,7 @@ from jqx.errors import InputError
 from jqx_interop.chain import rows_per_call
 from jqx_interop.checkpoints import one_line, parse_size
 from jqx_interop.device import compute_of
+from jqx_interop.experts import room_for_states
 from jqx_interop.families import context_of
 from jqx_interop.hidden import HiddenStates
 from jqx_interop.progress import Progress, Silent
@@ -55,7 +56,8 @@ class Task:
     @property
     def spills(self) -> bool:
         """Whether hidden states go to disk."""
-        return self.hidden_bytes > parse_size(self.settings.max_memory)
+        most = parse_size(self.settings.max_memory)
+        return self.hidden_bytes > min(room_for_states(s.spec, most) for s in self.sources)
 
 
 def evaluate(
