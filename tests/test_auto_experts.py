@@ -25,7 +25,7 @@ import jqx_interop as ji
 from jqx.auto import Weighting
 from jqx.models import Experts, kinds
 from jqx_interop import routed
-from jqx_interop.auto import Scoring, gradients, heads, mixture, scored, scoring
+from jqx_interop.auto import Limit, Scoring, gradients, heads, mixture, refined, scored, scoring
 from jqx_interop.auto.candidates import groups_of
 from jqx_interop.auto.ways import ways_of
 from jqx_interop.calibrate import joined
@@ -118,6 +118,34 @@ def beside(source, found):
     others = [group for group in found.groups if group not in of_experts(found).values()]
     ids = jnp.asarray(np.load(source.with_name("ids.npy")), jnp.int32)
     return Whole(source, ids, others), others
+
+
+class Told(Silent):
+    """Phases, their totals, and what was told of them."""
+
+    def __init__(self):
+        self.phases = []
+
+    def phase(self, title, total):
+        self.phases.append([title, total, 0.0, 0])
+
+    def advance(self, amount):
+        self.phases[-1][2] += amount
+        self.phases[-1][3] += 1
+
+
+@pytest.mark.parametrize("method", ["fisher", "kl"])
+def test_progress_is_told_expert_by_expert(model, method):
+    """And so in rounds."""
+    told, folder = Told(), model.with_name(f"told-{method}")
+    found = scored(model, Scoring(recipes=FORMATS, method=method), folder, settings(model), told)
+    refined(found, Limit(most=9.0), 1, folder, told)
+    names = [title for title, *_ in told.phases]
+    assert {"forward", "scoring", "choice 1: forward", "choice 1: backward"} <= set(names)
+    for title, total, amount, steps in told.phases:
+        assert amount == pytest.approx(total), title
+        if title in ("forward", "scoring", "choice 1: forward", "choice 1: backward"):
+            assert steps >= 2 * 5, title
 
 
 def test_one_expert_is_in_memory_at_a_time(model, monkeypatch):

@@ -20,6 +20,7 @@ from tiny_families import MIXTURES, ONE_EACH
 import jqx_interop as ji
 from jqx_interop import routed
 from jqx_interop.evaluation import mixture
+from jqx_interop.progress import Silent
 
 WINDOW = 12
 CASES = {**ONE_EACH, "mixtral": "mixtral"}
@@ -122,3 +123,20 @@ def test_one_expert_is_in_memory_at_a_time(originals, monkeypatch):
     monkeypatch.setattr(routed, "callers", lambda: 1)
     ji.evaluate(model, settings=settings(model))
     assert len(read) == 10  # two blocks of five
+
+
+def test_progress_is_told_expert_by_expert(originals):
+    model = originals("mixtral")
+    phases = []
+
+    class Told(Silent):
+        def phase(self, title, total):
+            phases.append([total])
+
+        def advance(self, amount):
+            phases[-1].append(amount)
+
+    ji.evaluate(model, settings=settings(model, batch_size=2), progress=Told())
+    for total, *told in phases:
+        assert sum(told) == pytest.approx(total)
+    assert len(phases[0]) > 2 * (3 + 5 + 3)  # fronts, experts, ends of two blocks

@@ -105,9 +105,12 @@ class _Forks(Passes):
         of_streams = [PLAIN] * begun
         of_streams += [(name,) if m == (EXPERTS,) else PLAIN for m, name in leaving]
         ways = [of_streams[s] for s, _ in places]
-        for number, h in ended(self, i, params, ways, begin):
+        if not places:
+            progress.advance(len(calls))
+            return 0
+        told = lambda share: progress.advance(share * len(calls))  # noqa: E731
+        for number, h in ended(self, i, params, ways, begin, told):
             self._forks.put(*places[number], h)
-        progress.advance(len(calls))
         return len(leaving)
 
     def _heads(self, calls: Sequence[int], progress: Progress) -> Scores:

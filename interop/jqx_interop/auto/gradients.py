@@ -120,7 +120,9 @@ class _Backward(Passes):
         linears = {c.name: self.linears(c, i) for c in self.task.candidates}
         combine, groups = COMBINE[self.task.method], self.groups_of(i)
         sums: Scores = {group: dict.fromkeys(linears, 0.0) for group in groups}
-        mixture, of_experts = self._experts_back(i, params) if self.mixed(i) else (None, [])
+        mixture, of_experts = None, []
+        if self.mixed(i):
+            mixture, of_experts = self._experts_back(i, params, progress)
         for n in range(self.count * self.draws):
             h, g = jnp.asarray(self.states.get(i, n % self.count)), self._gradient(i, n)
             g = g if mixture is None else mixture.gradient(n, params, g)
@@ -133,7 +135,7 @@ class _Backward(Passes):
                 for name in linears:
                     together = combine([given[m][name] for m in members])
                     sums[group][name] += together / self.draws
-            progress.advance(1)
+            progress.advance(1 if mixture is None else 1 / 2)
         if mixture is not None:
             mixture.close()
         self._gradients.flush()
@@ -143,13 +145,17 @@ class _Backward(Passes):
         """Gradient number `n` to the states after block `i`."""
         return jnp.asarray(self._gradients.get((i + 1) % 2, n))
 
-    def _experts_back(self, i: int, params: Any) -> tuple[Mixture, list[dict[str, Any]]]:
+    def _experts_back(
+        self, i: int, params: Any, progress: Progress
+    ) -> tuple[Mixture, list[dict[str, Any]]]:
         """The experts of block `i`, all gradients taken to what they read, and what they give to
         scores.
         """
         program, chosen = self.program(i), (EXPERTS,) in self.groups_of(i).values()
         ways = (*PLAIN, *(c.name for c in self.task.candidates)) if chosen else PLAIN
-        mixture = Mixture(self, i, [ways] * self.count, self.draws)
+        half = self.count * self.draws / 2
+        told = lambda share: progress.advance(share * half)  # noqa: E731
+        mixture = Mixture(self, i, [ways] * self.count, told, self.draws)
 
         def begin(n: int) -> Begun:
             return run_block(params, jnp.asarray(self.states.get(i, n)), program=program)

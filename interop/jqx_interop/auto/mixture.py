@@ -24,6 +24,7 @@ from .scoring import Begun, FrontGradient, run_block
 
 Ways = tuple[str, ...]
 PLAIN: Ways = (NONE,)
+Advance = Callable[[float], None]
 
 
 class Mixture:
@@ -31,9 +32,12 @@ class Mixture:
     `take_back`, which gradients go on from.
     """
 
-    def __init__(self, passes: Passes, i: int, ways: Sequence[Ways], copies: int = 0):
-        """`ways`: what is asked of every call, first what the block computes; `copies`: how many
-        gradients every call has. Large arrays lie in files in the folder of the task.
+    def __init__(
+        self, passes: Passes, i: int, ways: Sequence[Ways], advance: Advance, copies: int = 0
+    ):
+        """`ways`: what is asked of every call, first what the block computes; `advance` is told
+        shares of the work; `copies`: how many gradients every call has. Large arrays lie in files
+        in the folder of the task.
         """
         self._passes, self._i, self._ways = passes, i, ways
         self._program, f32 = passes.program(i), np.dtype(np.float32)
@@ -48,6 +52,7 @@ class Mixture:
         self._to_x = [made.states(f"to-x-{n}", f32) for n in range(copies)]
         self._to_weights = [np.zeros(made.ids.shape, np.float32) for _ in range(copies)]
         self._linears = expert_linears(passes.spec, i)
+        self._advance, self._turns = advance, 2 if copies else 1
 
     def run(self, begin: Callable[[int], Begun]) -> None:
         """Sum up what experts make of all calls; `begin(n)` is the front of call `n`."""
@@ -72,7 +77,10 @@ class Mixture:
 
     def _sent(self) -> Iterator[tuple[int, Sent]]:
         """The experts that were sent anything."""
-        return ((e, one) for e, one in enumerate(self._states.sent()) if len(one.tokens))
+        sent = [(e, one) for e, one in enumerate(self._states.sent()) if len(one.tokens)]
+        for own in sent:
+            yield own
+            self._advance(1 / len(sent) / self._turns)
 
     def _simulated(self, e: int, ways: set[str]) -> dict[str, dict[str, Any]]:
         """The linears of expert `e`, by way."""
@@ -159,19 +167,19 @@ def ended(
     params: Mapping[str, Any],
     ways: Sequence[Ways],
     begin: Callable[[int], Begun],
+    advance: Advance,
 ) -> Iterator[tuple[int, Float[np.ndarray, "b t k"]]]:
     """The states after block `i` of every call, `begin(n)` being those of a block without experts,
-    or the front of call `n`; `ways`: what its experts are.
+    or the front of call `n`; `ways`: what its experts are; `advance` is told shares of the work.
     """
-    if not passes.mixed(i):
-        for n in range(len(ways)):
-            yield n, np.asarray(begin(n))
-        return
-    mixture = Mixture(passes, i, ways)
-    mixture.run(begin)
+    mixture = Mixture(passes, i, ways, lambda s: advance(s / 2)) if passes.mixed(i) else None
+    if mixture is not None:
+        mixture.run(begin)
     for n in range(len(ways)):
-        yield n, np.asarray(mixture.end(n, params))
-    mixture.close()
+        yield n, np.asarray(begin(n) if mixture is None else mixture.end(n, params))
+        advance((1 if mixture is None else 1 / 2) / len(ways))
+    if mixture is not None:
+        mixture.close()
 
 
 def forward(passes: Passes, progress: Progress) -> None:
@@ -180,8 +188,11 @@ def forward(passes: Passes, progress: Progress) -> None:
     for i in range(passes.blocks):
         params, before = passes.params(i), partial(passes.states.get, i)
         run = partial(run_block, params, program=passes.program(i))
-        ways = [PLAIN] * passes.count
-        for n, h in ended(passes, i, params, ways, lambda n, f=run, h=before: f(jnp.asarray(h(n)))):
+        given = (passes, i, params, [PLAIN] * passes.count)
+
+        def begin(n: int, run: Any = run, before: Any = before) -> Begun:
+            return run(jnp.asarray(before(n)))
+
+        for n, h in ended(*given, begin, lambda s: progress.advance(s * passes.count)):
             passes.states.put(i + 1, n, h)
-            progress.advance(1)
     passes.states.flush()

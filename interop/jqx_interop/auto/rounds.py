@@ -198,9 +198,8 @@ class _Rounds(Passes):
             params, given = self.params(i), (self._all(i), self._picked(i, choices))
             ways = [(self._of_experts_in(i, choices),)] * self.count
             begin = partial(self._begun, i, params, given)
-            for n, h in ended(self, i, params, ways, begin):
+            for n, h in ended(self, i, params, ways, begin, self._advance):
                 self.states.put(i + 1, n, h)
-                self._progress.advance(1)
         total = self._heads()
         self.states.flush()
         self._gradients.flush()
@@ -223,6 +222,10 @@ class _Rounds(Passes):
         """The candidate of the experts of block `i`; NONE where they choose nothing."""
         own = (g for g, members in self.groups_of(i).items() if members == (EXPERTS,))
         return next((choices[group] for group in own), NONE)
+
+    def _advance(self, share: float) -> None:
+        """A share of what a block takes, forward or back."""
+        self._progress.advance(share * self.count)
 
     def _begun(self, i: int, params: Any, given: tuple[Linears, Picked], n: int) -> Begun:
         h = jnp.asarray(self.states.get(i, n))
@@ -276,7 +279,7 @@ class _Rounds(Passes):
             for group, members in groups.items():
                 for name in names:
                     sums[group][name] += sum(float(by_name[m].get(name, 0)) for m in members)
-            self._progress.advance(1)
+            self._progress.advance(1 if mixture is None else 1 / 2)
         if mixture is not None:
             mixture.close()
         return sums
@@ -292,7 +295,7 @@ class _Rounds(Passes):
         mine, every = self._of_experts_in(i, choices), order(given[0])
         chosen = (EXPERTS,) in self.groups_of(i).values()
         ways = (mine, *(name for name in every if chosen and name != mine))
-        mixture = Mixture(self, i, [ways] * self.count, 1)
+        mixture = Mixture(self, i, [ways] * self.count, lambda s: self._advance(s / 2), 1)
         begin, gradient = partial(self._begun, i, params, given), partial(self._gradient, i)
 
         def shifts(to_sums: jax.Array, changes: dict[str, jax.Array]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 that are sent to it. Its weights are decoded once, however many windows there are.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -32,13 +33,14 @@ def run_mixture(
         states.put(n, front(spec, kind, params, hidden.get(n), positions, compute))
 
     for _ in side_by_side(call, hidden.count):
-        progress.advance(1 / 2)
-    _add_experts(source, i, states, compute)
+        progress.advance(1 / 4)
+    for share in _add_experts(source, i, states, compute):
+        progress.advance(share * hidden.count / 2)
     for n in range(hidden.count):
         found, total = states.front(n)
         h = combine(spec, kind, params, found, jnp.asarray(total), compute)
         hidden.put(n, jax.block_until_ready(h))
-        progress.advance(1 / 2)
+        progress.advance(1 / 4)
     states.close()
 
 
@@ -47,8 +49,8 @@ def _positions(hidden: HiddenStates) -> Int[jax.Array, "b t"]:
     return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], (rows, length))
 
 
-def _add_experts(source: Source, i: int, states: RoutedStates, compute: Compute) -> None:
-    """Sum up what experts make of every token."""
+def _add_experts(source: Source, i: int, states: RoutedStates, compute: Compute) -> Iterator[float]:
+    """Sum up what experts make of every token; yields shares of the work as they are done."""
     kind, sent = kinds(source.spec)[i], states.sent()
     run = partial(expert, source.spec, kind, compute=compute)
     few = LastFew(lambda e: read_expert(source, i, e, compute))
@@ -61,4 +63,5 @@ def _add_experts(source: Source, i: int, states: RoutedStates, compute: Compute)
 
     for (e, at, count), made in zip(pieces, side_by_side(call, len(pieces)), strict=True):
         states.total[sent[e].piece(at, count).tokens] += made
+        yield 1 / len(pieces)
     states.settle()
