@@ -26,7 +26,6 @@ from jqx.models import (
     Experts,
     Mlp,
     ModelSpec,
-    block_shapes,
     expert_shapes,
     front_shapes,
 )
@@ -184,12 +183,17 @@ def _states(job: Job, spec: ModelSpec, tokens: int, carrier: int) -> tuple[int, 
     numbers = tokens * spec.hidden
     hidden = numbers * carrier
     spills = hidden > room_for_states(spec, parse_size(job.settings.max_memory))
-    rows = [kind.mlp for kind in spec.blocks if isinstance(kind.mlp, Experts)]
-    kept = 3 if any(row.shared is not None for row in rows) else 2
-    beside = numbers * (kept * carrier + 4) if rows else 0
+    beside = states_beside(spec, numbers, carrier)
     files = spills or 4 * numbers * 4 > IN_MEMORY
     disk = (2 * hidden if spills else 0) + (beside if files else 0)
     return (0 if spills else hidden) + (0 if files else beside), disk
+
+
+def states_beside(spec: ModelSpec, numbers: int, carrier: int) -> int:
+    """Bytes that lie beside hidden states of so many numbers while the experts of a block run."""
+    rows = [kind.mlp for kind in spec.blocks if isinstance(kind.mlp, Experts)]
+    kept = 3 if any(row.shared is not None for row in rows) else 2
+    return numbers * (kept * carrier + 4) if rows else 0
 
 
 def _compressed_block(job: Job, carrier: int) -> int:
@@ -230,13 +234,6 @@ def _searching(job: Job, largest: int) -> tuple[int, int]:
     few = EXPERTS_MET * sum(4 * width * width for width in set(widths))
     memory = SEARCH_COMPILER + few + 3 * max(moments.values(), default=0)
     return memory + SEARCHED_COPIES * 4 * largest, 3 * max(files.values(), default=0)
-
-
-def block_parameters(spec: ModelSpec) -> int:
-    """Weights of the largest block."""
-
-    shapes = (block_shapes(spec, kind).values() for kind in set(spec.blocks))
-    return max(sum(math.prod(s) for s in block if len(s) > 1) for block in shapes)
 
 
 def streamed_parameters(spec: ModelSpec) -> int:

@@ -13,9 +13,10 @@ from jqx_interop.plan import (
     PROCESS,
     STARTUP,
     active_parameters,
-    block_parameters,
     product_rate,
     score_operations,
+    states_beside,
+    streamed_parameters,
     working_width,
 )
 from jqx_interop.stored import Source
@@ -38,20 +39,27 @@ def forecast(task: Task) -> Forecast:
     length = task.windows.ids.shape[1]
     rows = max(ROWS_PER_CALL, length * max(task.settings.batch_size, 1))
     states = task.hidden_bytes
+    beside = max(_beside(task, source) for source in task.sources)  # one model after the other
     blocks = max(_block_bytes(task, source, rows) for source in task.sources)
     heads = sum(_head_bytes(task, source) for source in task.sources)
     seconds = STARTUP + sum(_operations(task, source) for source in task.sources) / product_rate()
+    memory, disk = (0, 2 * states + beside) if task.spills else (states + beside, 0)
     return Forecast(
         seconds=round(seconds, 1),
-        peak_memory_bytes=PROCESS + COMPILER + max(blocks, heads) + (0 if task.spills else states),
-        spilled_bytes=2 * states if task.spills else 0,
+        peak_memory_bytes=PROCESS + COMPILER + max(blocks, heads) + memory,
+        spilled_bytes=disk,
     )
+
+
+def _beside(task: Task, source: Source) -> int:
+    numbers = task.windows.ids.size * source.spec.hidden
+    return states_beside(source.spec, numbers, _carrier(task, source))
 
 
 def _block_bytes(task: Task, source: Source, rows: int) -> int:
     """A block's weights, and what calls side by side need for their tokens and decoded weights."""
     spec, carrier = source.spec, _carrier(task, source)
-    weights, widths = block_parameters(spec), working_width(spec)
+    weights, widths = streamed_parameters(spec), working_width(spec)
     decoded = weights * (source.dtype.itemsize + carrier) if source.choices else 0
     calls = callers() * (min(task.windows.ids.size, rows) * widths * 4 + decoded)
     return weights * carrier + calls
