@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters of one block, or of one of its experts, from the checkpoint."""
+"""The parameters of one block without its experts, or of one of these, from the checkpoint."""
 
 from typing import Any
 
@@ -9,50 +9,32 @@ import jax.numpy as jnp
 from jqx.models import (
     Compute,
     Experts,
-    block_leaf_shapes,
     block_prefix,
     expert_tensors,
     front_shapes,
     kinds,
 )
 from jqx.tensors.paths import unflatten
-from jqx.tensors.stacks import EACH, member_name, stacked
+from jqx.tensors.stacks import member_name
 
 from .compressing import compressed
 from .job import Job
 from .weights import read_tensor
 
 
-def load_block(job: Job, i: int, compute: Compute) -> dict[str, Any]:
-    """The parameters of block `i`, matrices in the dtype that products take, cast once; with
-    `low_memory` those that will be quantized are stored. Experts are stacks.
+def load_front(job: Job, i: int, compute: Compute) -> dict[str, Any]:
+    """The parameters of block `i` but for those of experts, matrices in the dtype that products
+    take, cast once; with `low_memory` those that will be quantized are stored.
     """
     assert job.spec is not None
-    names = job.inventory.units[job.inventory.blocks[i]]
-    return _tree(job, i, names, compute)
-
-
-def load_front(job: Job, i: int, compute: Compute) -> dict[str, Any]:
-    """Those of `load_block` that are not of experts: all, where there are none."""
-    assert job.spec is not None
-    own = front_shapes(job.spec, kinds(job.spec)[i])
-    prefix = block_prefix(job.spec, i)
+    own, prefix = front_shapes(job.spec, kinds(job.spec)[i]), block_prefix(job.spec, i) + "."
     inside = job.inventory.units[job.inventory.blocks[i]]
-    return _tree(job, i, tuple(n for n in inside if n.removeprefix(f"{prefix}.") in own), compute)
-
-
-def _tree(job: Job, i: int, names: tuple[str, ...], compute: Compute) -> dict[str, Any]:
-    assert job.spec is not None
-    prefix = block_prefix(job.spec, i) + "."
+    names = [name for name in inside if name.removeprefix(prefix) in own]
     stored: dict[str, Any] = dict(compressed(job, names)) if job.settings.low_memory else {}
-    inside, leaves = set(names), {}
-    for leaf, shape in block_leaf_shapes(job.spec, kinds(job.spec)[i]).items():
-        own = (member_name(leaf, e) for e in range(shape[0] if EACH in leaf else 1))
-        there = [name for name in own if prefix + name in inside]
-        # of a stack that is made its members are there twice, and those of no other
-        parts = {n: stored.pop(prefix + n, None) for n in there}
-        parts |= {n: read_leaf(job, prefix + n, compute) for n in there if parts[n] is None}
-        leaves |= stacked(parts, {leaf: shape})
+    leaves = {
+        name.removeprefix(prefix): stored[name] if name in stored else read_leaf(job, name, compute)
+        for name in names
+    }
     return unflatten(leaves)
 
 
