@@ -20,6 +20,7 @@ from jqx_interop.auto import (
     auto_quantize,
     divergences,
     gradients,
+    heads,
     scored,
     scoring,
 )
@@ -76,7 +77,7 @@ def test_fisher_follows_the_definition(model, tmp_path, monkeypatch):
     """With known signs in the place of those that are drawn."""
     jax.clear_caches()
     alternating = lambda n: jnp.where(jnp.arange(n) // 3 % 2 == 0, 1.0, -1.0)[None]  # noqa: E731
-    monkeypatch.setattr(scoring, "signs", lambda key, shape: alternating(shape[1]))
+    monkeypatch.setattr(heads, "signs", lambda key, shape: alternating(shape[1]))
     monkeypatch.setattr(scoring, "WINDOW", 4)
     assert gradients.MOST_DRAWS > 1, "and the mean of several draws is taken"
     how = Scoring(recipes=FORMATS, method="fisher")

@@ -106,7 +106,8 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
     centre = 1.0 if len(shape) == 1 and name.endswith("norm.weight") else 0.0
     std = 0.2 if len(shape) == 1 else 1.5 / np.sqrt(shape[-1])
-    return (centre + std * drawn).astype(ml_dtypes.bfloat16).astype(np.float32)
+    # rounded twice, as releases of ml_dtypes before 0.7 round numbers of float64
+    return (centre + std * drawn).astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def token_ids() -> np.ndarray:
