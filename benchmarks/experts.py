@@ -4,6 +4,8 @@ on the disk.
 
     python benchmarks/experts.py [--hidden 512] [--inner 256] [--layers 2] [--tokens 8192]
     python benchmarks/experts.py --layers 16 --hidden 1024 --inner 512 --experts 128 --memory
+    python benchmarks/experts.py --layers 2 --hidden 1024 --inner 512 --experts 256 --tokens 4096
+        --memory --command auto
 
 Random checkpoints of Qwen3-MoE in bfloat16 are quantized to NVFP4 by `jqx.ptq`, with and without
 calibrated inputs: the difference is what running the experts takes. Every number is the fastest of
@@ -28,6 +30,12 @@ import jqx_interop as ji
 BF16 = ml_dtypes.bfloat16
 VOCAB = 512
 RECIPES = ("w4a16_nvfp4", "nvfp4")
+COMMANDS = {
+    "quantize": "quantize {model} {out} --qformat nvfp4 --calib {ids}",
+    "auto": "auto {model} {out} --bits 6 --formats nvfp4,fp8 --calib {ids}",
+    "eval": "eval {model} --text {ids}",
+}
+"""What --memory may run."""
 
 
 def write(folder: Path, sizes: tuple[int, int, int], experts: int, taken: int) -> Path:
@@ -129,9 +137,9 @@ def row(a: argparse.Namespace, experts: int, taken: int) -> str:
         size = sum(file.stat().st_size for file in model.iterdir()) / 1e9
         told = f"| {experts} | {taken} | {size:.2f} "
         if a.memory:
-            out = ["--qformat", "nvfp4", "--calib", str(ids)]
-            command = [str(Path(sys.executable).with_name("jqx")), "quantize", str(model)]
-            seconds, mib = most_memory([*command, str(Path(place) / "out"), *out])
+            where = {"model": model, "out": Path(place) / "out", "ids": ids}
+            words = COMMANDS[a.command].format(**where).split()
+            seconds, mib = most_memory([str(Path(sys.executable).with_name("jqx")), *words])
             return f"{told}| {seconds:.1f} | {mib:.0f} |"
         plain, whole = (timed(model, recipe, ids, a.runs) for recipe in RECIPES)
         each, running = 1e3 * whole / all_experts, whole - plain
@@ -148,6 +156,7 @@ def main() -> None:
     p.add_argument("--taken", type=int, nargs="+", default=[8], help="experts for each token")
     p.add_argument("--runs", type=int, default=3)
     p.add_argument("--memory", action="store_true", help="memory of one run each, not times")
+    p.add_argument("--command", choices=list(COMMANDS), default="quantize", help="with --memory")
     p.add_argument("--place", type=Path, help="a folder for the models (default: temporary)")
     a = p.parse_args()
     if a.memory:
